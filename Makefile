@@ -1,0 +1,51 @@
+# Everything runs from .venv, which the first target that needs it builds. `make help` lists the targets.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test test-all lint format bench bench-gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## build .venv, or bring it up to date
+
+# One pip call for everything: the pin of torch then also picks the build, a local one such as +cpu where there is one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(RUN) || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	        echo "fzero needs Python 3.11 or newer, and '$(PYTHON)' is missing or older: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
+	        exit 1; }; \
+	    $(PYTHON) -m venv .venv; }
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train a small GPT
+	$(RUN) examples/train_gpt.py
+
+test: $(INSTALLED)  ## the fast tests and the doctests
+	$(RUN) -m pytest
+
+test-all: $(INSTALLED)  ## the slow tests too
+	$(RUN) -m pytest -m ''
+
+lint: $(INSTALLED)  ## ruff and mypy; changes nothing
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(INSTALLED)  ## let ruff fix and format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(INSTALLED)  ## time and memory of a step on this machine's CPU
+	$(RUN) benchmarks/step.py
+
+bench-gpu: $(INSTALLED)  ## the same on CUDA
+	$(RUN) benchmarks/step.py --device cuda
+
+clean:  ## remove what runs leave behind, except .venv
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

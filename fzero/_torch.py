@@ -1,0 +1,130 @@
+"""Every private name of torch that fzero uses, in one place.
+
+When an upgrade of torch moves one of them, this file breaks and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+# True for a tensor that a torch.func transform (vjp, jvp, vmap) has wrapped.
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+# Functional collectives: dispatcher ops that return a tensor to wait for, and so can be traced.
+c10d = torch.ops._c10d_functional
+
+
+# What a fake tensor raises where a value is asked for.
+DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (DataDependentOutputException, GuardOnDataDependentSymNode)
+
+
+def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Put `target(*args)` into the graph that is being traced, as one node whose results look like `results`.
+
+    Graph modules among `args` become attributes of the graph's module.
+    """
+    tracer = get_proxy_mode().tracer
+
+    def proxy(x: Any) -> Any:
+        if isinstance(x, torch.fx.GraphModule):
+            name = f"body_{sum(1 for _ in tracer.root.named_children())}"
+            tracer.root.add_module(name, x)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return tracer.unwrap_proxy(x) if isinstance(x, torch.Tensor) else x
+
+    node = tracer.create_proxy("call_function", target, torch_pytree.tree_map(proxy, args), {})
+    tracked: list[torch.Tensor] = track_tensor_tree(results, node, constant=None, tracer=tracer)
+    return tracked
+
+
+def readable(module: torch.fx.GraphModule) -> str:
+    """Return a graph as code with dtypes and shapes."""
+    return module.print_readable(print_output=False)
+
+
+def storage_id(x: torch.Tensor) -> int:
+    """Return what two tensors have in common if, and only if, they share memory. Fake tensors have one too."""
+    return x.untyped_storage()._cdata
+
+
+def functorch_level(x: torch.Tensor) -> int:
+    """Return the nesting level of the transform that wraps a tensor; 0 for a plain one."""
+    level = torch._C._functorch.maybe_get_level(x)
+    return 0 if level is None else max(level, 0)
+
+
+def unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor below the wrappers of grad, vjp and jvp."""
+    while is_functorch_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            raise ValueError("fz: a tensor batched by vmap stands where one plain tensor is needed, such as a key.")
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def dispatch_modes() -> list[Any]:
+    """Return the active dispatch modes, outermost first."""
+    return _get_current_dispatch_mode_stack()
+
+
+def torch_nodes() -> dict[type, Any]:
+    """Return torch's own table of tree nodes: class -> (flatten_fn, unflatten_fn, ...)."""
+    return torch_pytree.SUPPORTED_NODES
+
+
+@contextmanager
+def trunc_normal_replaced(substitute: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, `torch.nn.init.trunc_normal_` calls `substitute(original, tensor, mean, std, a, b, ...)`."""
+    original = torch.nn.init._no_grad_trunc_normal_
+    torch.nn.init._no_grad_trunc_normal_ = partial(substitute, original)
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = original
+
+
+def standalone_compile(
+    graph: torch.fx.GraphModule, examples: list[Any], settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a traced graph by Inductor under its `settings`. The first call imports Inductor: that takes seconds."""
+    from torch._inductor import config, standalone_compile
+
+    with config.patch(settings):
+        compiled: Callable[..., Any] = standalone_compile(graph, examples, dynamic_shapes="from_graph")
+    return compiled
+
+
+__all__ = [
+    "DATA_DEPENDENT_ERRORS",
+    "readable",
+    "record_call",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "c10d",
+    "dispatch_modes",
+    "disable_proxy_modes_tracing",
+    "functorch_level",
+    "get_proxy_mode",
+    "is_functorch_wrapped",
+    "make_fx",
+    "standalone_compile",
+    "storage_id",
+    "torch_nodes",
+    "torch_pytree",
+    "unwrapped",
+    "track_tensor_tree",
+    "trunc_normal_replaced",
+]

@@ -1,0 +1,241 @@
+"""Gradients as pullbacks, of functions that see full parameters.
+
+`vjp` opens its primals, runs the function, and returns its output with a pullback. Opening a primal and
+forming its gradient are each other's mirror:
+
+    pieces ──cast to compute──▶ pieces ──all-gather──▶ full leaves ──f──▶ output
+    pieces ◀──reduce-scatter── full gradients ◀──pullback of f── cotangent
+
+The function itself is local: it runs on one rank, on full leaves, and gradients taken inside it involve
+no other rank. Ranks meet only in the gather before it and in the reduction after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fzero import tree
+from fzero._torch import is_functorch_wrapped, storage_id
+from fzero.errors import CotangentError
+from fzero.primal import Opened, Reduce, is_float
+
+
+def vjp(
+    f: Callable[..., Any], *primals: Any, has_aux: bool = False, reduce: Reduce = "mean"
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]] | tuple[Any, Callable[[Any], tuple[Any, ...]], Any]:
+    """Evaluate `f(*primals)` and return its output with its pullback.
+
+    Args:
+        f: sees full parameters in the compute dtype where a primal is a `State` or a `Sharded`, else the
+            primal itself. Returns any tree.
+        *primals: each a `State`, a `Sharded`, or a tree of tensors.
+        has_aux: `f` returns `(output, aux)`; `aux` is not differentiated.
+        reduce: gradients of a `State` or `Sharded` are the mean over the data axes, or the sum.
+
+    Returns:
+        `(output, pullback)`, with `aux` as a third where asked for. `pullback(cotangent)` takes a tree
+        like the output (`None` or anything equal where the output is no floating-point tensor) and
+        returns a tuple, one gradient for each primal:
+
+        - of a `State` or `Sharded`, a `Sharded` that pairs with it leaf by leaf and carries its `factor`;
+        - of a tree, a tree: this rank's own gradient, unscaled, without a collective.
+
+        Leaves that are not floating-point, or are frozen, have `None`. A pullback is pure: it may be
+        called again, with another cotangent.
+
+    Raises:
+        CotangentError: from the pullback, for a cotangent that does not match the output.
+        TypeError: `f` returns no floating-point tensor.
+
+    Example:
+        >>> output, pullback = vjp(lambda w, x: w * x, torch.tensor([2.0, 3.0]), torch.tensor(5.0))
+        >>> pullback(torch.tensor([1.0, 10.0]))
+        (tensor([ 5., 50.]), tensor(32.))
+    """
+    _refuse_dynamo("fz.vjp")
+    opened = Opened.of(primals)
+    leaves = opened.leaves()
+    where = opened.differentiable(leaves)
+    structure: dict[str, Any] = {}
+
+    def on_differentiable(*chosen: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        arguments = list(leaves)
+        for i, leaf in zip(where, chosen, strict=True):
+            arguments[i] = leaf
+        with opened.context():
+            result = f(*opened.close(arguments))
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"fz.vjp: with has_aux=True f must return (output, aux), and it returned {type(result)}.")
+        output, aux = result if has_aux else (result, None)
+        floats, others, out_rest = tree.split(output, is_float)
+        extra, _, aux_rest = tree.split(aux)
+        structure.update(output=out_rest, aux=aux_rest)
+        return tuple(floats), (*others, *extra)
+
+    if where:
+        floats, pull, rest = torch.func.vjp(on_differentiable, *(leaves[i] for i in where), has_aux=True)
+    else:
+        (floats, rest), pull = on_differentiable(), lambda _: ()
+    if not floats:
+        raise TypeError("fz.vjp: f returned no floating-point tensor, so there is nothing to differentiate.")
+    floats, rest = _own(floats, leaves), _own(rest, leaves)
+    count = structure["output"].slots.count(tree.OTHER)
+    output = structure["output"].fill(floats, rest[:count])
+    aux = structure["aux"].fill(rest[count:], ())
+
+    def pullback(cotangent: Any) -> tuple[Any, ...]:
+        cotangents = _check_cotangent(output, cotangent)
+        if opened.scale is not None:
+            cotangents = [c * opened.scale.to(c.dtype) for c in cotangents]
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
+            gradients[i] = gradient
+        return opened.gradients(gradients, reduce)
+
+    return (output, pullback, aux) if has_aux else (output, pullback)
+
+
+@dataclass(frozen=True)
+class ValueAndGrad:
+    """What `value_and_grad` and `grad` return: a function that knows which arguments it differentiates."""
+
+    f: Callable[..., Any]
+    argnums: int | tuple[int, ...] = 0
+    has_aux: bool = False
+    reduce: Reduce = "mean"
+    only_grad: bool = False
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
+
+    def __call__(self, *args: Any) -> Any:
+        for position in self.differentiated:
+            if not 0 <= position < len(args):
+                raise TypeError(
+                    f"fz.value_and_grad: argnums={self.argnums} names argument {position}, and f was called with "
+                    f"{len(args)} positional arguments."
+                )
+
+        constants = Opened.of(args, skip=self.differentiated)
+        filled = constants.close(constants.leaves())
+
+        def on_primals(*primals: Any) -> Any:
+            arguments = list(filled)
+            for position, primal in zip(self.differentiated, primals, strict=True):
+                arguments[position] = primal
+            return self.f(*arguments)
+
+        primals = [args[position] for position in self.differentiated]
+        value, pullback, *aux = vjp(on_primals, *primals, has_aux=self.has_aux, reduce=self.reduce)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = ", ".join(f"{p or 'output'}: {tree.describe(x)}" for p, x in _named(value))
+            raise TypeError(
+                f"fz.value_and_grad: f must return one scalar, and it returned {got}. "
+                f"Reduce it inside f, return (scalar, aux) with has_aux=True, or use fz.vjp with a cotangent."
+            )
+        gradients = pullback(torch.ones_like(value))
+        gradient = gradients[0] if isinstance(self.argnums, int) else gradients
+        if self.only_grad:
+            return (gradient, aux[0]) if self.has_aux else gradient
+        return ((value, aux[0]), gradient) if self.has_aux else (value, gradient)
+
+
+def value_and_grad(
+    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, reduce: Reduce = "mean"
+) -> ValueAndGrad:
+    """Return a function that evaluates `f` and its gradient.
+
+    Args:
+        f: `f(*args) -> scalar`, or `(scalar, aux)` with `has_aux`. It sees full parameters.
+        argnums: the argument, or arguments, to differentiate. Any other argument that holds a `State` or a
+            `Sharded` is gathered for `f` and gets no gradient.
+        has_aux: `f` returns `(scalar, aux)`.
+        reduce: mean or sum over the data axes, see `vjp`.
+
+    Returns:
+        `g(*args) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
+
+    Example:
+        >>> value_and_grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
+        (tensor(5.), tensor([2., 4.]))
+    """
+    return ValueAndGrad(f, argnums, has_aux, reduce)
+
+
+def grad(
+    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, reduce: Reduce = "mean"
+) -> ValueAndGrad:
+    """Return a function that evaluates the gradient of `f`; see `value_and_grad`.
+
+    Example:
+        >>> grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
+        tensor([2., 4.])
+    """
+    return ValueAndGrad(f, argnums, has_aux, reduce, only_grad=True)
+
+
+def call(f: Callable[..., Any], *args: Any) -> Any:
+    """Call `f` with every `State` and `Sharded` in the arguments gathered to full parameters.
+
+    They arrive in the compute dtype of their policy, as in `vjp`. What comes back shares no memory with
+    the arguments' pieces.
+
+    Example:
+        >>> call(lambda w: w + 1, torch.tensor(1.0))
+        tensor(2.)
+    """
+    opened = Opened.of(args)
+    leaves = opened.leaves()
+    with opened.context():
+        result = f(*opened.close(leaves))
+    flat, treedef = tree.flatten(result)
+    return tree.unflatten(treedef, _own(flat, leaves))
+
+
+def _check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
+    """Return the cotangents of the floating-point outputs, in order."""
+    expected = tree.leaves(output, none_is_leaf=True)
+
+    def fits(out: Any, bar: Any) -> bool:
+        if is_float(out):
+            return isinstance(bar, Tensor) and (bar.shape, bar.dtype, bar.device) == (out.shape, out.dtype, out.device)
+        return bar is None or tree.describe(out) == tree.describe(bar)
+
+    lines = tree.differences(output, cotangent, same=fits)
+    if lines:
+        listing = "\n  ".join(lines)
+        raise CotangentError(
+            f"pullback: the cotangent does not match the output:\n  {listing}\n"
+            f"Pass a tree like the output, each tensor of the same shape, dtype and device."
+        )
+    given = tree.leaves(cotangent, none_is_leaf=True)
+    return [bar for out, bar in zip(expected, given, strict=True) if is_float(out)]
+
+
+def _own(results: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+    """Copy results that are views of gathered leaves: those may be views of a state's own memory."""
+    plain = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not is_functorch_wrapped(leaf)]
+    storages = {storage_id(leaf) for leaf in plain}
+
+    def aliases(x: Any) -> bool:
+        return isinstance(x, Tensor) and not is_functorch_wrapped(x) and storage_id(x) in storages
+
+    return [x.clone() if aliases(x) else x for x in results]
+
+
+def _named(value: Any) -> list[tuple[str, Any]]:
+    return list(zip(tree.paths(value), tree.leaves(value), strict=True))
+
+
+def _refuse_dynamo(call_name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{call_name} inside torch.compile would silently lose gradients of custom backward functions. "
+            f"Use fz.jit around the step instead of torch.compile."
+        )

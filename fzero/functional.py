@@ -1,0 +1,215 @@
+"""An `nn.Module` as a pure function of its parameters.
+
+What a module keeps to itself becomes an argument, and what it changes becomes a result:
+
+    module(x)              reads and writes tensors that the module owns
+    apply(params, x)       reads only its arguments and writes nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm as functional_batch_norm
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from fzero import tree
+from fzero.deferred import deferred, without_parameters
+from fzero.errors import BufferWriteError, TreeError
+
+Tree = dict[str, Any]
+
+
+@overload
+def functional(
+    module: nn.Module | Callable[[], nn.Module], *, buffers: Literal[False] = False
+) -> tuple[Callable[..., Any], Tree]: ...
+
+
+@overload
+def functional(
+    module: nn.Module | Callable[[], nn.Module], *, buffers: Literal[True]
+) -> tuple[Callable[..., Any], Tree, Tree]: ...
+
+
+def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: bool = False) -> Any:
+    """Return a module as a pure function, and its parameters.
+
+    The function works on a copy of the module as it is now: train or eval mode, hooks and attributes set
+    later have no effect on it. It keeps no parameters alive.
+
+    Args:
+        module: the module, or a function without arguments that makes one. Of the latter, the parameters
+            come back on the meta device and nothing is allocated for them: `apply` works with any real
+            parameters of the same shapes. The buffers are real.
+        buffers: whether `apply` takes and returns the buffers too. Without, they are constants.
+
+    Returns:
+        `(apply, params)`, where `apply(params, *args, **kwargs)` is what the module returns. `params` is a
+        nested dict of detached tensors, named as `state_dict` names them and split at the dots; they share
+        memory with the module's. Tied parameters stand there once, under their first name, and stay tied.
+        With `buffers=True`, `(apply, params, buffers)`, where
+        `apply(params, buffers, *args, **kwargs)` is `(output, new buffers)`.
+
+    Raises:
+        TypeError: `module` is neither a module nor a function that makes one, or cannot be copied.
+        ValueError: the module is lazy and has not been run yet. From `apply`: a tree that does not fit.
+        BufferWriteError: from `apply`, without `buffers=True`: the module wrote one of its buffers.
+
+    Example:
+        >>> apply, params = functional(nn.Linear(2, 3))
+        >>> sorted(params), apply(params, torch.ones(5, 2)).shape
+        (['bias', 'weight'], torch.Size([5, 3]))
+    """
+    if isinstance(module, nn.Module):
+        _check_not_lazy(module)
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        skeleton = without_parameters(module)
+    elif callable(module):
+        skeleton = deferred(module).module
+        params = {name: p.detach() for name, p in skeleton.named_parameters()}
+    else:
+        raise TypeError(
+            f"fz.functional: expected an nn.Module or a function that makes one, got {type(module).__name__}."
+        )
+
+    shapes = {name: p.shape for name, p in params.items()}
+    owned = {name: b.detach() for name, b in skeleton.named_buffers()}
+    buffer_shapes = {name: b.shape for name, b in owned.items()}
+    call = _Call(skeleton)
+
+    def apply(params: Tree, *args: Any, **kwargs: Any) -> Any:
+        given = _fitting("params", params, shapes)
+        copies = _copies(owned)
+        with _watching(copies) as written:
+            out, after = _run(call, given, copies, args, kwargs)
+        changed = [name for name in owned if name in written or after.get(name) is not copies[name]]
+        changed += [name for name in after if name not in owned]
+        if changed:
+            raise BufferWriteError(
+                f"fz.functional: the module wrote its buffers {', '.join(changed)}, which are constants here. Use "
+                f"apply, params, buffers = fz.functional(module, buffers=True), or module.eval() beforehand if it "
+                f"writes them in training only."
+            )
+        return out
+
+    def apply_with_buffers(params: Tree, buffers: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
+        given = _fitting("params", params, shapes)
+        copies = _copies(_fitting("buffers", buffers, buffer_shapes))
+        out, after = _run(call, given, copies, args, kwargs)
+        if after.keys() != owned.keys():
+            names = sorted(after.keys() ^ owned.keys())
+            raise BufferWriteError(
+                f"fz.functional: the module made or removed its buffers {', '.join(names)} while it ran; the buffers "
+                f"that come out must be those that went in. Register them with a tensor from the start."
+            )
+        return out, tree.nest(after)
+
+    if buffers:
+        return apply_with_buffers, tree.nest(params), tree.nest(owned)
+    return apply, tree.nest(params)
+
+
+def _check_not_lazy(module: nn.Module) -> None:
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(t):
+            raise ValueError(
+                f"fz.functional: {name} has no shape yet, since {type(module).__name__} is lazy. "
+                f"Run the module once on an example before."
+            )
+
+
+class _Call(nn.Module):
+    """Calls a module and reads its buffers back while they are still in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        out = self.module(*args, **kwargs)
+        return out, dict(self.module.named_buffers())
+
+
+def _run(
+    call: _Call, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    tensors = {f"module.{name}": t for name, t in (*params.items(), *buffers.items())}
+    out, after = torch.func.functional_call(call, tensors, args, kwargs)
+    return out, after
+
+
+def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the buffers, so that a module may write them: inside torch.func too, where only new tensors can be."""
+    # An inference tensor has no version counter, and with it no trace of a write.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        return {name: b.clone() for name, b in buffers.items()}
+
+
+@contextmanager
+def _watching(buffers: Mapping[str, Tensor]) -> Iterator[set[str]]:
+    """Yield a set that afterwards holds the names of the buffers written in place."""
+    watch = _Watch(buffers)
+    with watch if buffers else nullcontext():
+        yield watch.written
+    watch.written.update(name for name, t, version in watch.seen if t._version != version)
+
+
+class _Watch(TorchFunctionMode):
+    """Finds the writes that leave no trace in a buffer's version.
+
+    They are those through `buffer.data`, which is the same memory with a version of its own, and those of
+    batch norm, whose operator does not declare that it writes the running statistics.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.seen = [(name, b, b._version) for name, b in buffers.items()]
+        self.written: set[str] = set()
+
+    def names(self, t: Any) -> list[str]:
+        return [name for name, other, _ in self.seen if other is t]
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func == _GET_DATA:
+            self.seen += [(name, result, result._version) for name in self.names(args[0])]
+        elif func is functional_batch_norm and kwargs["training"]:
+            self.written.update(name for t in args for name in self.names(t))
+        elif func is torch.batch_norm and args[5]:
+            self.written.update(name for t in args[3:5] for name in self.names(t))
+        return result
+
+
+# What mypy takes for a tensor is a property, read through its __get__.
+_GET_DATA = getattr(Tensor.data, "__get__")  # noqa: B009
+
+
+def _fitting(what: str, given: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Return a nested dict as a flat one, if it has exactly the names and shapes asked for."""
+    flat = dict(_flat(given))
+    if flat.keys() == shapes.keys() and all(getattr(flat[name], "shape", None) == s for name, s in shapes.items()):
+        return flat
+    lines = []
+    for name in dict.fromkeys([*shapes, *flat]):
+        expected = f"shape {tuple(shapes[name])}" if name in shapes else "nothing"
+        got = tree.describe(flat[name]) if name in flat else "nothing"
+        if name not in shapes or getattr(flat.get(name), "shape", None) != shapes[name]:
+            lines.append(f"{name or '(the whole)'}: expected {expected}, got {got}")
+    raise TreeError(
+        f"fz.functional: apply was given {what} that do not fit the module. Pass a tree like the one that "
+        f"fz.functional returned.\n  " + "\n  ".join(lines)
+    )
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, Mapping):
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,161 @@
+"""Library random operations drawn from a key.
+
+Dropout and its like draw from a hidden global generator. Inside `keyed` a dispatch mode answers them instead:
+the n-th random operation of a call draws from (key, n). The mode sits below `torch.func` transforms and
+above tracing, so an eager call, its trace and a recomputation draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fzero._torch import TorchDispatchMode, dispatch_modes, unwrapped
+from fzero.errors import RandomOpError
+from fzero.random import bits, fold, normal, uniform
+
+aten = torch.ops.aten
+
+
+def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `g(key, *args)`, equal to `f(*args)` with its random operations drawn from `key`.
+
+    Args:
+        f: any function. Each random operation that it runs counts one further; a function that runs the
+            same operations in the same order draws the same numbers.
+
+    Returns:
+        `g(key, *args, **kwargs)`. `key` is an integer, or an int32 tensor of shape ().
+
+    Raises:
+        RandomOpError: from `g`, at a random operation that cannot be drawn from a key.
+
+    Example:
+        >>> drop = keyed(lambda x: torch.nn.functional.dropout(x, 0.5))
+        >>> bool((drop(7, torch.ones(8)) == drop(7, torch.ones(8))).all())
+        True
+    """
+
+    def g(key: int | Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(key, Tensor):
+            key = torch.tensor(key, dtype=torch.int32)
+        with drawing_from(key):
+            return f(*args, **kwargs)
+
+    return g
+
+
+class drawing_from(TorchDispatchMode):  # noqa: N801 - used as a context manager, `with drawing_from(key):`
+    """While active, answers random operations with draws from `key`, counting from `count`."""
+
+    def __init__(self, key: Tensor, count: int = 0):
+        super().__init__()
+        self.key = unwrapped(key)  # the mode runs below torch.func, where wrappers have no storage
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draw = _DRAWS.get(func)
+        if draw is not None:
+            keys = fold(fold(self.key, self.count), torch.arange(2, dtype=torch.int32, device=self.key.device))
+            self.count += 1
+            return draw(keys, *args, **(kwargs or {}))
+        if draws(func, args, kwargs or {}):
+            raise RandomOpError(
+                f"fz.keyed: {func} cannot be drawn from a key. Keyed are dropout, bernoulli, uniform, normal, "
+                f"rand, randn, randint, exponential and randperm. Draw the rest outside and pass it in as an argument."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def current_draw() -> tuple[Tensor, int] | None:
+    """Return the key and the count that the next random operation would draw from, `None` outside `keyed`."""
+    for mode in reversed(dispatch_modes()):
+        if isinstance(mode, drawing_from):
+            return mode.key, mode.count
+    return None
+
+
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether this call of an operator draws random numbers.
+
+    Attention kernels are marked random whatever their dropout is; at a dropout of zero they draw nothing.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "p", "dropout") and "attention" in func._schema.name:
+            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given)
+    return True
+
+
+def _fresh(size: Any, dtype: torch.dtype | None, device: Any, keys: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    return draw(keys, 0, math.prod(size)).to(device=device, dtype=dtype or torch.get_default_dtype()).reshape(size)
+
+
+def _like(x: Tensor, keys: Tensor, draw: Callable[..., Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return draw(keys, 0, x.numel()).to(x.device).reshape(x.shape).to(dtype or x.dtype)
+
+
+def _coin(keys: Tensor, x: Tensor, p: float | Tensor) -> Tensor:
+    return (uniform(keys, 0, x.numel()).to(x.device).reshape(x.shape) < p).to(x.dtype)
+
+
+def _native_dropout(keys: Tensor, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    if train is False or p == 0.0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    kept = uniform(keys, 0, x.numel()).to(x.device).reshape(x.shape) >= p
+    return x * kept * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), kept
+
+
+def _integers(keys: Tensor, offset: int, n: int, low: int, high: int) -> Tensor:
+    return low + (bits(keys, offset, n).to(torch.int64) & 0xFFFFFFFF) % (high - low)
+
+
+def _randint(
+    keys: Tensor, low: int, high: int, size: Any, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    return _integers(keys, 0, math.prod(size), low, high).to(device=device, dtype=dtype or torch.int64).reshape(size)
+
+
+def _random_(keys: Tensor, x: Tensor, low: int, high: int) -> Tensor:
+    return x.copy_(_integers(keys, 0, x.numel(), low, high).reshape(x.shape))
+
+
+def _exponential_(keys: Tensor, x: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    unit = _like(x, keys, uniform, torch.float32).clamp(min=2.0**-25)  # a draw of 0 would be log(0) for a Gumbel
+    return x.copy_(-torch.log1p(-unit) / rate)
+
+
+# Each takes the key words (2,), then the operator's own arguments.
+_DRAWS: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli.default: lambda k, p, **_: _coin(k, p, p),
+    aten.bernoulli.p: lambda k, x, p, **_: _coin(k, x, p),
+    aten.bernoulli_.float: lambda k, x, p=0.5, **_: x.copy_(_coin(k, x, p)),
+    aten.bernoulli_.Tensor: lambda k, x, p, **_: x.copy_(_coin(k, x, p)),
+    aten.native_dropout.default: _native_dropout,
+    aten.rand.default: lambda k, size, dtype=None, device=None, **_: _fresh(size, dtype, device, k, uniform),
+    aten.randn.default: lambda k, size, dtype=None, device=None, **_: _fresh(size, dtype, device, k, normal),
+    aten.rand_like.default: lambda k, x, dtype=None, **_: _like(x, k, uniform, dtype),
+    aten.randn_like.default: lambda k, x, dtype=None, **_: _like(x, k, normal, dtype),
+    aten.uniform_.default: lambda k, x, a=0.0, b=1.0, **_: x.copy_(_like(x, k, uniform, torch.float32) * (b - a) + a),
+    aten.normal_.default: lambda k, x, mean=0.0, std=1.0, **_: x.copy_(_like(x, k, normal, torch.float32) * std + mean),
+    aten.normal.float_Tensor: lambda k, mean, std, **_: mean + std * _like(std, k, normal),
+    aten.normal.Tensor_float: lambda k, mean, std=1.0, **_: mean + std * _like(mean, k, normal),
+    aten.normal.Tensor_Tensor: lambda k, mean, std, **_: mean + std * _like(mean, k, normal),
+    aten.exponential_.default: _exponential_,
+    aten.randint.default: lambda k, high, size, **kw: _randint(k, 0, high, size, **kw),
+    aten.randint.low: lambda k, low, high, size, **kw: _randint(k, low, high, size, **kw),
+    aten.randint_like.default: lambda k, x, high, dtype=None, **_: _like(
+        x, k, lambda k, o, n: _integers(k, o, n, 0, high), dtype
+    ),
+    aten.random_.to: lambda k, x, high, **_: _random_(k, x, 0, high),
+    getattr(aten.random_, "from"): lambda k, x, low, high, **_: _random_(k, x, low, high),
+    aten.randperm.default: lambda k, n, dtype=torch.int64, device=None, **_: (
+        bits(k, 0, n).argsort(stable=True).to(device=device, dtype=dtype)
+    ),
+}

@@ -1,0 +1,143 @@
+"""Meshes: named axes over processes.
+
+A mesh wraps torch's `DeviceMesh`. With no launcher there is one process, no process group is started,
+and every collective is the identity. A simulated mesh has any size, and no processes behind it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fzero.errors import MeshError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes over processes, made by `make_mesh`. Two meshes of the same axes and device are equal.
+
+    Attributes:
+        axes: `(name, size)` pairs, the last one varying fastest over ranks.
+        device: where this process keeps its tensors.
+        simulated: true for a world that does not exist.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+    device: torch.device
+    simulated: bool = False
+    processes: DeviceMesh | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    def size(self, axes: str | Iterable[str]) -> int:
+        """Return the number of ranks along one axis, or along several together."""
+        wanted = (axes,) if isinstance(axes, str) else tuple(axes)
+        sizes = dict(self.axes)
+        for name in wanted:
+            if name not in sizes:
+                raise MeshError(
+                    f"fz.Mesh: there is no axis {name!r}; the mesh has {self._text()}. "
+                    f"Name one of {list(sizes)}, or make the mesh with make_mesh({name}=...)."
+                )
+        return math.prod(sizes[name] for name in wanted)
+
+    def index(self, axes: str | Iterable[str]) -> int:
+        """Return this rank's coordinate along one axis, or along several, the last varying fastest."""
+        wanted = (axes,) if isinstance(axes, str) else tuple(axes)
+        position = 0
+        for name in wanted:
+            here = 0 if self.processes is None else self.processes.get_local_rank(name)
+            position = position * self.size(name) + here
+        return position
+
+    def index_tensor(self, axes: str | Iterable[str]) -> Tensor:
+        """Return `index(axes)` as an int32 tensor of shape ().
+
+        Inside a trace the rank has to be data: as a Python number it would be code, and every rank's
+        program would differ.
+        """
+        return torch.tensor(self.index(axes), dtype=torch.int32, device=self.device)
+
+    def group(self, axis: str) -> str:
+        """Return the name of the process group along `axis`, as torch's functional collectives take it."""
+        if self.processes is None:
+            return f"simulated:{axis}"
+        return self.processes.get_group(axis).group_name
+
+    def _text(self) -> str:
+        return " × ".join(f"{name}={size}" for name, size in self.axes)
+
+
+def make_mesh(
+    device: str | torch.device | None = None, *, simulate: bool = False, deadline: float | None = None, **axes: int
+) -> Mesh:
+    """Return a mesh over all processes, starting the process group if a launcher asks for one.
+
+    Under torchrun it starts nccl on CUDA and gloo on a CPU; called again it uses what is there. Without
+    a launcher the world has one process and no process group.
+
+    Args:
+        device: where tensors live. Default: this process's CUDA device where there is one, else the CPU.
+        simulate: a world that does not exist: states on it are abstract, `fz.trace` works, running raises.
+        deadline: seconds that a collective may wait, where this call starts the process group.
+            Default: torch's own.
+        **axes: name and size of each axis, the last one varying fastest. Default: all processes on `data`.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        MeshError: the axes do not multiply to the number of processes.
+
+    Example:
+        >>> make_mesh("cpu").axes
+        (('data', 1),)
+        >>> make_mesh("cpu", data=16384, simulate=True).size("data")
+        16384
+    """
+    for name, size in axes.items():
+        if not isinstance(size, int) or size < 1:
+            raise MeshError(f"fz.make_mesh: axis {name!r} needs a size of at least 1, got {size!r}.")
+    if simulate:
+        return Mesh(tuple((axes or {"data": 1}).items()), torch.device(device or "cpu"), simulated=True)
+    place = _start(device, deadline)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    axes = axes or {"data": world}
+    if math.prod(axes.values()) != world:
+        text = ", ".join(f"{name}={size}" for name, size in axes.items())
+        raise MeshError(
+            f"fz.make_mesh: the axes {text} need {math.prod(axes.values())} processes, and there "
+            f"{'is 1' if world == 1 else f'are {world}'}. Start as many (torchrun --nproc-per-node), change the "
+            f"axes, or pass simulate=True to look at programs without running them."
+        )
+    if world == 1:
+        return Mesh(tuple(axes.items()), place)
+    processes = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return Mesh(tuple(axes.items()), place, processes=processes)
+
+
+def _start(device: str | torch.device | None, deadline: float | None) -> torch.device:
+    """Start the process group that the launcher's environment asks for; return this process's device."""
+    if device is None:
+        on_cuda = torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
+        device = "cuda" if on_cuda else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+        torch.cuda.set_device(place)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(
+            backend="nccl" if place.type == "cuda" else "gloo",
+            timeout=None if deadline is None else timedelta(seconds=deadline),
+        )
+    return place

@@ -1,0 +1,98 @@
+"""Learning rates as functions of the step tensor.
+
+Each returns a frozen callable: `step` (int32, shape (), steps taken so far) to an fp32 tensor of shape ().
+A schedule is traced into the program, so a new step never retraces.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class constant:  # noqa: N801 - used as a function
+    """The same rate at every step.
+
+    Example:
+        >>> constant(0.1)(torch.tensor(7))
+        tensor(0.1000)
+    """
+
+    value: float
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return torch.full((), self.value, device=step.device)
+
+
+@dataclass(frozen=True)
+class linear:  # noqa: N801
+    """From `start` to `end` in a straight line over `steps` steps, then `end`.
+
+    Example:
+        >>> linear(1.0, 0.0, steps=4)(torch.tensor(1))
+        tensor(0.7500)
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return self.start + (self.end - self.start) * _progress(step, 0, self.steps)
+
+
+@dataclass(frozen=True)
+class warmup_cosine:  # noqa: N801
+    """Linearly from 0 to `peak` over `warmup` steps, then along a half cosine to `floor` at step `total`.
+
+    The first step already has a rate: `peak / warmup`.
+
+    Example:
+        >>> warmup_cosine(1.0, warmup=2, total=10)(torch.tensor([0, 1, 2, 6, 10]))
+        tensor([0.5000, 1.0000, 1.0000, 0.5000, 0.0000])
+    """
+
+    peak: float
+    warmup: int
+    total: int
+    floor: float = 0.0
+
+    def __call__(self, step: Tensor) -> Tensor:
+        wave = 0.5 * (1 + torch.cos(math.pi * _progress(step, self.warmup, self.total)))
+        return torch.where(
+            step < self.warmup, self.peak * _rising(step, self.warmup), self.floor + (self.peak - self.floor) * wave
+        )
+
+
+@dataclass(frozen=True)
+class wsd:  # noqa: N801
+    """Warm up, stay, decay: linearly to `peak`, `peak` until `decay` steps before `total`, linearly to `floor`.
+
+    Source: Hu et al. 2024, arXiv 2404.06395.
+
+    Example:
+        >>> wsd(1.0, warmup=2, decay=4, total=10)(torch.tensor([0, 2, 6, 8, 10]))
+        tensor([0.5000, 1.0000, 1.0000, 0.5000, 0.0000])
+    """
+
+    peak: float
+    warmup: int
+    decay: int
+    total: int
+    floor: float = 0.0
+
+    def __call__(self, step: Tensor) -> Tensor:
+        falling = self.peak + (self.floor - self.peak) * _progress(step, self.total - self.decay, self.total)
+        return torch.where(step < self.warmup, self.peak * _rising(step, self.warmup), falling)
+
+
+def _progress(step: Tensor, start: int, end: int) -> Tensor:
+    return ((step.to(torch.float32) - start) / max(end - start, 1)).clamp(0.0, 1.0)
+
+
+def _rising(step: Tensor, warmup: int) -> Tensor:
+    return (step.to(torch.float32) + 1) / max(warmup, 1)

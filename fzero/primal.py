@@ -1,0 +1,159 @@
+"""Primals: what a function is differentiated by, opened into full leaves, and the gradients formed of them.
+
+`Opened` takes the arguments of a call apart. Each `State` or `Sharded` among them becomes the full leaves
+that the function sees; each gradient goes the same way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fzero import tree
+from fzero.errors import LayoutError
+from fzero.keyed import drawing_from
+from fzero.layout import Sharded, join, reduce_leaf
+
+Reduce = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Primal:
+    """What a differentiable container, such as a training state, offers to be differentiated by.
+
+    Attributes:
+        params: the parameters.
+        frozen: paths of leaves that get no gradient.
+        scale: what a cotangent is multiplied by, recorded in the gradient's factor; `None` for 1.
+        key: what random operations inside the function draw from; `None` to leave them alone.
+    """
+
+    params: Sharded
+    frozen: frozenset[str] = frozenset()
+    scale: Tensor | None = None
+    key: Tensor | None = None
+
+
+@runtime_checkable
+class HasPrimal(Protocol):
+    def as_primal(self) -> Primal: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Arguments taken apart into flat leaves: a node of several leaves for each `State` or `Sharded`."""
+
+    treedef: tree.TreeDef
+    nodes: tuple[Any, ...]  # a Primal, or the leaf itself
+
+    @staticmethod
+    def of(arguments: Sequence[Any], *, skip: Sequence[int] = ()) -> Opened:
+        shown = tuple(None if i in skip else argument for i, argument in enumerate(arguments))
+        nodes, treedef = tree.flatten(shown, is_leaf=lambda x: isinstance(x, (Sharded, HasPrimal)))
+        return Opened(treedef, tuple(_as_primal(node) for node in nodes))
+
+    def leaves(self) -> list[Any]:
+        return [leaf for node in self.nodes for leaf in (gathered(node) if isinstance(node, Primal) else [node])]
+
+    def close(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Rebuild the arguments, with a full tree in the place of each `State` and `Sharded`."""
+        return tree.unflatten(
+            self.treedef,
+            [
+                tree.unflatten(node.params.placement.treedef, part) if isinstance(node, Primal) else part[0]
+                for node, part in self._parts(leaves)
+            ],
+        )
+
+    def differentiable(self, leaves: Sequence[Any]) -> list[int]:
+        """Return the positions of the leaves that get a gradient."""
+        frozen = [
+            isinstance(node, Primal) and path in node.frozen
+            for node in self.nodes
+            for path in (node.params.paths if isinstance(node, Primal) else ("",))
+        ]
+        return [i for i, leaf in enumerate(leaves) if is_float(leaf) and not frozen[i]]
+
+    def gradients(self, flat: Sequence[Tensor | None], reduce: Reduce) -> tuple[Any, ...]:
+        return tree.unflatten(
+            self.treedef,
+            [
+                _reduced(node, part, self.scale, reduce) if isinstance(node, Primal) else self._plain(part[0])
+                for node, part in self._parts(flat)
+            ],
+        )
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """What the function runs under: the policy's autocast, and the state's random key."""
+        with contextlib.ExitStack() as stack:
+            primals = [node for node in self.nodes if isinstance(node, Primal)]
+            for dtype in dict.fromkeys(p.params.policy.autocast for p in primals if p.params.policy is not None):
+                if dtype is not None:
+                    device = primals[0].params.mesh.device.type
+                    stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            key = next((p.key for p in primals if p.key is not None), None)
+            if key is not None:
+                stack.enter_context(drawing_from(key))
+            yield
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The smallest loss scale of the primals: the largest that none of them overflows at."""
+        scales = [node.scale for node in self.nodes if isinstance(node, Primal) and node.scale is not None]
+        return torch.stack(scales).min() if scales else None
+
+    def _parts(self, flat: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any]]]:
+        start = 0
+        for node in self.nodes:
+            size = len(node.params.paths) if isinstance(node, Primal) else 1
+            yield node, flat[start : start + size]
+            start += size
+
+    def _plain(self, gradient: Tensor | None) -> Tensor | None:
+        return gradient if gradient is None or self.scale is None else gradient / self.scale.to(gradient.dtype)
+
+
+def _as_primal(node: Any) -> Any:
+    if isinstance(node, Sharded):
+        return Primal(node)
+    return node.as_primal() if isinstance(node, HasPrimal) else node
+
+
+def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | None, reduce: Reduce) -> Sharded:
+    """Sum full local gradients over the data axes into the layout's pieces; the mean goes into the factor."""
+    params = primal.params
+    mesh, axes, policy = params.mesh, params.layout.data_axes, params.policy
+    placement = params.placement.cut_over(params.layout.gradient_cut)
+    pieces = []
+    for leaf, spec in zip(leaves, placement.specs, strict=True):
+        if leaf is None:
+            pieces.append(None)
+            continue
+        dtype = leaf.dtype if policy is None else policy.reduce
+        pieces.append(reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype))
+    count = mesh.size(axes) if reduce == "mean" else 1
+    factor = torch.tensor(1.0 / count, dtype=torch.float32, device=mesh.device)
+    return Sharded(tuple(pieces), placement, factor if scale is None else factor / scale)
+
+
+def gathered(primal: Primal) -> list[Tensor]:
+    """Return the full leaves of a primal, in its policy's compute dtype. Differentiable in the pieces."""
+    params, full = primal.params, []
+    for path, piece, spec in zip(params.paths, params.pieces, params.placement.specs, strict=True):
+        if piece is None:
+            raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
+        if params.policy is not None and piece.is_floating_point() and params.factor is None:
+            piece = piece.to(params.policy.compute)
+        leaf = join(piece, spec, params.mesh)
+        full.append(leaf if params.factor is None else (leaf.to(torch.float32) * params.factor).to(leaf.dtype))
+    return full
+
+
+def is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -1,0 +1,68 @@
+"""Donation: giving a tensor's memory away, and telling whoever still holds it.
+
+A donated tensor object becomes a tombstone: its memory is handed on, and the object, which every holder
+sees, turns into a class that answers any operation with `DonatedError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fzero._torch import storage_id
+from fzero.errors import DonatedError
+
+
+class Donated(Tensor):
+    """What a tensor is after its memory was donated."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stack: list[Any] = [args, *(kwargs or {}).values()]
+        call = "a call"
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Donated):
+                call = x.__dict__.get("donated_to", call)
+                break
+            if isinstance(x, list | tuple):
+                stack.extend(x)
+        raise DonatedError(
+            f"{getattr(func, '__name__', func)}: this tensor's memory was donated to {call}, which may have overwritten "
+            f"it. Use what that call returned, copy the tensor before the call (.clone()), or jit without donate=."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<donated to {self.__dict__.get('donated_to', 'a call')}>"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+
+def check_distinct(leaves: Sequence[Tensor], paths: Sequence[str], donated: frozenset[int], call: str) -> None:
+    """Raise if memory that is to be donated is reached twice.
+
+    Raises:
+        ValueError: a donated tensor shares its memory with another argument.
+    """
+    owner = {storage_id(leaves[i]): i for i in sorted(donated, reverse=True) if leaves[i].numel()}
+    for i, leaf in enumerate(leaves):
+        first = owner.get(storage_id(leaf)) if leaf.numel() else None
+        if first is not None and first != i:
+            raise ValueError(
+                f"{call}: {paths[first]!r} is donated, and {paths[i]!r} is the same memory. "
+                f"Pass a copy (.clone()) of one of them, or do not donate."
+            )
+
+
+def take(leaf: Tensor, call: str) -> Tensor:
+    """Return a new tensor with the memory of `leaf`, and make `leaf` a tombstone that names `call`."""
+    heir = leaf.detach()
+    with torch.no_grad():
+        leaf.set_()  # type: ignore[call-overload]
+    leaf.__class__ = Donated
+    leaf.__dict__["donated_to"] = call
+    return heir

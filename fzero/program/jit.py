@@ -1,0 +1,210 @@
+"""`jit`: one program for each signature of a function.
+
+A call goes flatten → look up → (trace → passes → lower, once) → run → unflatten. The signature is the
+structure of the arguments with all that is static in them, and the shape, strides, dtype and device of
+every tensor. Memory of donated arguments is taken first, before anything can fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fzero import tree
+from fzero._torch import get_proxy_mode, is_functorch_wrapped
+from fzero.errors import MeshError
+from fzero.layout import Sharded
+from fzero.program import donation
+from fzero.program.lower import lower_graph
+from fzero.program.passes import PASSES
+from fzero.program.program import Program
+from fzero.program.trace import trace_flat
+
+logger = logging.getLogger(__name__)
+
+Lower = Literal["graph"]
+
+
+class Jitted:
+    """A function that runs as programs; made by `jit`."""
+
+    def __init__(self, f: Callable[..., Any], donate: tuple[int, ...], lower: Lower):
+        self.f = f
+        self.donate = donate
+        self.lower = lower
+        self.calls = 0
+        self._programs: dict[Any, Program] = {}
+        self._last: _Signature | None = None
+        functools.update_wrapper(self, f, updated=())
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """One program for each signature seen, in order."""
+        return tuple(self._programs.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature, leaves = self._open(args, kwargs)
+        if get_proxy_mode() is not None or any(is_functorch_wrapped(x) for x in leaves):
+            return self.f(*args, **kwargs)  # inside a trace or a transform it is part of that
+        _check_real(args, kwargs)
+        self.calls += 1
+        call = f"{self.__name__} (call {self.calls})"
+        if self.donate:
+            donation.check_distinct(leaves, signature.paths, signature.donated, f"fz.jit: {self.__name__}")
+            # From here on the old tensors are gone, also if the call fails: half of a step may have
+            # overwritten them, and a state that is sometimes there would be a trap.
+            for i in signature.donated:
+                leaves[i] = donation.take(leaves[i], call)
+        program = self._programs.get(signature.key)
+        if program is None:
+            program = self._program(signature, leaves)
+            self._programs[signature.key] = program
+        self._last = signature
+        return program(leaves)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Program:
+        """Return the program for these arguments without running it."""
+        signature, leaves = self._open(args, kwargs)
+        return self._programs.get(signature.key) or self._program(signature, leaves)
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Signature, list[Tensor]]:
+        leaves, _, hollow = tree.split((args, kwargs))
+        for leaf in leaves:
+            if type(leaf) is donation.Donated:
+                leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
+        return _Signature(hollow, leaves, self._positions(args), self.__name__), leaves
+
+    def _positions(self, args: tuple[Any, ...]) -> frozenset[int]:
+        counts = [len(tree.split(a)[0]) if i <= max(self.donate, default=-1) else 0 for i, a in enumerate(args)]
+        starts = [sum(counts[:i]) for i in range(len(args))]
+        return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
+
+    def _program(self, signature: _Signature, leaves: Sequence[Tensor]) -> Program:
+        cause = "first call" if self._last is None else signature.changes(self._last)
+        log = logger.info if self._last is None else logger.warning
+        log("fz.jit: tracing %s (program %d): %s", self.__name__, len(self._programs) + 1, cause)
+        trace = trace_flat(self.f, leaves, signature.hollow, paths=signature.paths, donated=signature.donated)
+        for run_pass in PASSES:
+            trace = run_pass(trace)
+        return Program(self.__name__, trace, lower_graph(trace.module), cause)
+
+
+class _Signature:
+    """What decides which program a call runs."""
+
+    def __init__(self, hollow: tree.Hollow, leaves: Sequence[Tensor], donated: frozenset[int], name: str):
+        self.hollow = hollow
+        self.donated = donated
+        metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
+        self.key = (hollow.treedef, hollow.slots, metas, torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
+        try:
+            hash(self.key)
+        except TypeError as error:
+            raise TypeError(
+                f"fz.jit: {name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
+                f"of the program: {error}. Pass tensors, numbers, strings or frozen dataclasses."
+            ) from None
+
+    @property
+    def paths(self) -> list[str]:
+        names = tree.structure_paths(self.hollow.treedef)
+        return [_short(p) for p, slot in zip(names, self.hollow.slots, strict=True) if slot is tree.PICKED]
+
+    def changes(self, before: _Signature) -> str:
+        """Return how these arguments differ from those of the last trace, path by path."""
+        mine, theirs = self._by_path(), before._by_path()
+        lines = [
+            f"{path}: {theirs.get(path, 'nothing')} -> {mine.get(path, 'nothing')}"
+            for path in dict.fromkeys([*theirs, *mine])
+            if mine.get(path) != theirs.get(path)
+        ]
+        return "; ".join(lines) or "static data in the arguments changed (an optimizer, policy, layout or mesh)"
+
+    def _by_path(self) -> dict[str, str]:
+        names = tree.structure_paths(self.hollow.treedef)
+        metas = iter(self.key[2])
+        entries = {}
+        for path, slot in zip(names, self.hollow.slots, strict=True):
+            if slot is tree.PICKED:
+                shape, stride, dtype, device = next(metas)
+                text = f"{str(dtype).removeprefix('torch.')}{tuple(shape)} on {device}"
+                entries[_short(path)] = text if _is_dense(shape, stride) else f"{text} strides {stride}"
+            else:
+                entries[_short(path)] = repr(slot)
+        return entries
+
+
+def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), lower: Lower = "graph") -> Any:
+    """Return `f` as a function that is traced once for each signature and then runs as one program.
+
+    Args:
+        f: a pure function of trees. Tensors in its arguments are inputs; everything else in them is constant
+            and part of the signature. Left out, `jit` is a decorator: `@fz.jit(donate=(0,))`.
+        donate: positions of arguments whose memory the call may reuse, from its start, also when it fails.
+            Reading such a tensor afterwards raises `DonatedError`.
+        lower: `"graph"`: straight-line Python.
+
+    Returns:
+        The jitted function. Its results are bitwise those of `f`. `.programs` holds what was traced; a new
+        trace is logged (logger `fzero`) with the argument that caused it.
+
+    Raises:
+        DonatedError: from the call, for an argument that was donated before.
+        TraceError: from the call, if `f` looks at the values of tensors.
+        ValueError: from the call, if donated memory is reached twice.
+
+    Example:
+        >>> double = jit(lambda x: {"y": 2 * x})
+        >>> double(torch.tensor([1.0, 2.0]))
+        {'y': tensor([2., 4.])}
+        >>> len(double.programs)
+        1
+    """
+    if f is None:
+        return functools.partial(jit, donate=donate, lower=lower)
+    if lower != "graph":
+        raise ValueError(f"fz.jit: lower={lower!r} is not known. Use 'graph'.")
+    if isinstance(f, Jitted):
+        f = f.f
+    return Jitted(f, (donate,) if isinstance(donate, int) else tuple(donate), lower)
+
+
+def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
+    """Return a function that gives the program of `f` for some arguments, running nothing.
+
+    Args:
+        f: a function, or a jitted one, whose own options then hold.
+        **jit_options: those of `jit`.
+
+    Example:
+        >>> program = trace(lambda x: x + 1)(torch.zeros(3))
+        >>> program
+        Program(<lambda>: 1 inputs, 1 operations; first call)
+    """
+    jitted = f if isinstance(f, Jitted) and not jit_options else jit(f, **jit_options)
+    return jitted.trace
+
+
+def _check_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for node in tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Sharded)):
+        if isinstance(node, Sharded) and node.mesh.simulated:
+            raise MeshError("fz.jit: the mesh is simulated, so nothing can run on it. Use fz.trace, or a real mesh.")
+
+
+def _short(path: str) -> str:
+    """`0.1.params.w`, the path in (args, kwargs), as `1.params.w`; a keyword by its name."""
+    return path.split(".", 1)[1] if "." in path else path
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,130 @@
+"""Lowering: a graph as straight-line Python that frees every value at its last use.
+
+    def program(inputs):
+        params_w, batch = inputs
+        inputs.clear()                     # the caller holds no input alive
+        mm = aten_mm_default(batch, params_w)
+        del batch, params_w
+        return [mm]
+
+Each line calls the operator itself: the overhead is that of eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fzero._torch import OpOverload
+
+Lowered = Callable[[list[Tensor]], list[Tensor]]
+
+
+def lower_graph(module: fx.GraphModule) -> Lowered:
+    """Return the graph as a function of a list of inputs, which it empties.
+
+    Args:
+        module: a graph whose output is a list of tensors.
+    """
+    source, scope = python_source(module)
+    exec(compile(source, f"<program {id(module):x}>", "exec"), scope)
+    return scope["program"]
+
+
+def python_source(module: fx.GraphModule) -> tuple[str, dict[str, Any]]:
+    """Return the lines of a graph, and the names that they refer to."""
+    scope = _Scope(module)
+    last = _last_uses(module.graph)
+    lines, inputs = [], []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(node.name)
+            continue
+        if node.op == "output":
+            lines.append(f"return {scope.text(node.args[0])}")
+            continue
+        if node.op == "get_attr":
+            continue
+        assert node.op == "call_function", f"make_fx gives no {node.op}"
+        arguments = [scope.text(a) for a in node.args]
+        arguments += [f"{key}={scope.text(value)}" for key, value in node.kwargs.items()]
+        call = f"{scope.name(node.target, _target_name(node.target))}({', '.join(arguments)})"
+        lines.append(f"{node.name} = {call}" if node.users else call)
+        if dying := last.get(node):
+            lines.append("del " + ", ".join(n.name for n in dying))
+    unused = [n.name for n in module.graph.nodes if n.op == "placeholder" and not n.users]
+    header = ["def program(inputs):"]
+    if inputs:
+        header += [f"    {', '.join(inputs)}, = inputs", "    inputs.clear()"]
+    if unused:
+        header.append(f"    del {', '.join(unused)}")
+    return "\n".join(header + ["    " + line for line in lines]) + "\n", scope.values
+
+
+class _Scope:
+    """The names that generated code refers to: one for each object."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.values: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "torch": torch}
+        self.locals = {node.name for node in module.graph.nodes}
+        self.known: dict[int, str] = {}
+
+    def name(self, value: Any, hint: str) -> str:
+        if id(value) not in self.known:
+            base = "".join(c if c.isalnum() else "_" for c in hint)
+            base = f"_{base}" if keyword.iskeyword(base) or base[:1].isdigit() else base
+            name, count = base, 1
+            while name in self.values or name in self.locals:
+                name, count = f"{base}_{count}", count + 1
+            self.values[name] = lower_graph(value) if isinstance(value, fx.GraphModule) else value
+            self.known[id(value)] = name
+        return self.known[id(value)]
+
+    def text(self, argument: Any) -> str:
+        if isinstance(argument, fx.Node):
+            if argument.op == "get_attr":
+                return self.name(_attribute(self.module, argument.target), argument.target)
+            return argument.name
+        if isinstance(argument, tuple):
+            return f"({''.join(self.text(a) + ', ' for a in argument)})"
+        if isinstance(argument, list):
+            return f"[{', '.join(self.text(a) for a in argument)}]"
+        if isinstance(argument, slice):
+            return f"slice({self.text(argument.start)}, {self.text(argument.stop)}, {self.text(argument.step)})"
+        if argument is None or isinstance(argument, bool | int | float | str):
+            return repr(argument)
+        if isinstance(argument, torch.dtype):
+            return str(argument)
+        return self.name(argument, f"constant_{type(argument).__name__}")
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, the nodes that nothing after it reads."""
+    seen: set[fx.Node] = set()
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for user in reversed(list(graph.nodes)):
+        if user.op == "output":
+            seen.update(user.all_input_nodes)
+            continue
+        here = [n for n in user.all_input_nodes if n not in seen and n.op != "get_attr"]
+        seen.update(here)
+        dying[user] = here
+    return dying
+
+
+def _attribute(module: fx.GraphModule, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return str(target)
+    return getattr(target, "__name__", type(target).__name__)

@@ -1,0 +1,32 @@
+"""What nobody uses goes, collectives included.
+
+torch.fx takes a collective, and a wait for one, for something with an effect beside its result, and keeps
+it. For a step its result is all it is for: a reduction of gradients that no update reads would only cost
+time on the wire. Every rank runs the same program, so every rank drops it. What stays is what writes memory.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fzero.program.trace import Trace, bodies, copied
+
+
+def dead(trace: Trace) -> Trace:
+    """Return the trace without the nodes whose results nobody uses."""
+    module = copied(trace.module)
+    _sweep(module)
+    return trace.replace(module=module)
+
+
+def _sweep(module: fx.GraphModule) -> None:
+    for node in reversed(list(module.graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users and not _writes(node):
+            module.graph.erase_node(node)
+    for body in bodies(module):
+        _sweep(body)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

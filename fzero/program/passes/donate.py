@@ -1,0 +1,92 @@
+"""Outputs written into the memory of donated inputs.
+
+An update kernel exists twice: as a function that returns new tensors, and in place. The trace holds the
+first. Where the memory it would overwrite is donated, or was made by the program itself, and nobody reads
+it later, this pass puts the second there:
+
+    p', m', v' = adamw(p, m, v, g, …)    ──▶    adamw_(p, m, v, g, …);  p' = p,  m' = m,  v' = v
+
+Then outputs are given memory of their own. A result that is a view of an input that the caller keeps, or
+of another result, is copied: a later call may overwrite either.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from fzero._torch import storage_id
+from fzero.kernels.in_place import IN_PLACE
+from fzero.program.trace import Trace, copied
+
+
+def donate(trace: Trace) -> Trace:
+    """Return the trace with updates in place where that is safe, and outputs that share no memory."""
+    module = copied(trace.module)
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    donated = {_storage(placeholders[i]) for i in trace.donated}
+    kept = {_storage(node) for node in placeholders} | {_storage(n) for n in graph.nodes if n.op == "get_attr"}
+    writable = _Writable(graph, foreign=kept - donated)
+    for node in list(graph.nodes):
+        if node.target in IN_PLACE:
+            in_place, positions = IN_PLACE[node.target]
+            targets = [node.args[i] for i in positions]
+            if writable.at(node, targets):
+                with graph.inserting_before(node):
+                    graph.call_function(in_place, node.args, node.kwargs)
+                _replace_results(graph, node, targets)
+    _own_outputs(graph, kept=kept - donated)
+    return trace.replace(module=module)
+
+
+class _Writable:
+    """Answers whether memory may be overwritten at a node."""
+
+    def __init__(self, graph: fx.Graph, foreign: set[int | None]):
+        self.foreign = foreign
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.sharing: dict[int | None, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            self.sharing[_storage(node)].append(node)
+
+    def at(self, node: fx.Node, targets: list[fx.Node]) -> bool:
+        """Whether no target's memory is the caller's, shared with another target, or read after `node`."""
+        storages = [_storage(target) for target in targets]
+        if None in storages or len(set(storages)) < len(storages) or self.foreign & set(storages):
+            return False
+        readers = (user for s in storages for sharer in self.sharing[s] for user in sharer.users if user is not node)
+        return all(self.order[reader] < self.order[node] for reader in readers)
+
+
+def _replace_results(graph: fx.Graph, node: fx.Node, targets: list[fx.Node]) -> None:
+    for user in list(node.users):
+        assert user.target is operator.getitem, "an update returns a tuple"
+        user.replace_all_uses_with(targets[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _own_outputs(graph: fx.Graph, kept: set[int | None]) -> None:
+    """Copy results that are views of memory which is the caller's, or of another result."""
+    output = graph.output_node()
+    taken, results = set(kept), []
+    for result in output.args[0]:
+        storage = _storage(result)
+        if storage in taken:
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (result,))
+            copy.meta = {"val": result.meta["val"].clone()}
+            results.append(copy)
+        else:
+            taken.add(storage)
+            results.append(result)
+    output.args = (results,)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return storage_id(value) if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,150 @@
+"""Tracing: a function of trees into one flat graph of tensor operations.
+
+The function runs once, on fake tensors. What comes of it is straight-line: forward, backward, collectives
+and update in program order, nothing hidden. Python values in the arguments are constants of the trace;
+tensors that the function closes over are read where they stand when the program runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fzero import tree
+from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, make_fx
+from fzero.errors import RandomOpError, TraceError
+from fzero.keyed import draws
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced function, on its way through the passes.
+
+    Attributes:
+        module: the graph, with its constants; one placeholder for each input.
+        inputs: the path of each input in the arguments.
+        donated: positions of inputs whose memory may be overwritten.
+        output: the output's tree without its tensors.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    donated: frozenset[int]
+    output: tree.Hollow
+
+    def replace(self, **changes: Any) -> Trace:
+        """Return a copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def trace_flat(
+    f: Callable[..., Any],
+    examples: Sequence[Tensor],
+    arguments: tree.Hollow,
+    *,
+    paths: Sequence[str],
+    donated: frozenset[int] = frozenset(),
+) -> Trace:
+    """Trace `f(*args, **kwargs)` for arguments of these shapes.
+
+    Args:
+        f: the function.
+        examples: the arguments' tensors; only shapes, strides, dtypes and devices are looked at.
+        arguments: `(args, kwargs)` without its tensors.
+        paths: where each tensor stands in the arguments.
+        donated: positions of tensors that the program may overwrite.
+
+    Raises:
+        TraceError: the function looks at the values of tensors.
+        RandomOpError: it draws random numbers that are not keyed.
+    """
+    outputs: list[tree.Hollow] = []
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = arguments.fill(tensors)
+        results, _, hollow = tree.split(f(*args, **kwargs))
+        outputs[:] = [hollow]
+        return results
+
+    module = graph_of(flat, examples)
+    check_keyed(module)
+    return Trace(_named(module, paths), tuple(paths), donated, outputs[0])
+
+
+def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> fx.GraphModule:
+    """Trace a function of tensors that returns a list of tensors.
+
+    Raises:
+        TraceError: it looks at the values of tensors.
+    """
+    mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    # Fresh tensors: one object passed twice would become one input.
+    with mode:
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
+    try:
+        with torch.no_grad():
+            return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+    except DATA_DEPENDENT_ERRORS as error:
+        raise TraceError(
+            f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
+            f"{_user_line(error)}\n"
+            f"Use torch.where instead of `if`, keep numbers as tensors instead of .item(), or pass what is known "
+            f"beforehand as a Python value."
+        ) from error
+
+
+def check_keyed(module: fx.GraphModule) -> None:
+    """Raise if the graph draws from a hidden generator: recomputation would draw other numbers."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
+            raise RandomOpError(
+                f"fz.jit: {node.target} draws from the global random generator. Differentiate with respect to a State, "
+                f"whose seed and step key such draws, or wrap the function: fz.keyed(f)(key, ...)."
+            )
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a module with a copy of the graph, and of the graphs of loop bodies in it. Constants are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, {}, return_output_node=True)
+    assert output is not None
+    result, old = output
+    graph.output(result).meta = old.meta
+    new = fx.GraphModule(module, graph)
+    for name, body in module.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(new, name, copied(body))
+    return new
+
+
+def bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Iterate over the loop bodies of a graph."""
+    return (child for child in module.children() if isinstance(child, fx.GraphModule))
+
+
+def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
+    """Return the graph with its inputs named by their paths."""
+    graph, mapping = fx.Graph(), {}
+    names = iter(paths)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            name = next(names).replace(".", "_")
+            mapping[node] = graph.placeholder(name if name.isidentifier() else f"arg{name}")
+            mapping[node].meta = dict(node.meta)
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    return fx.GraphModule(module, graph)
+
+
+def _user_line(error: BaseException) -> str:
+    """Return the innermost line of the traceback that is neither torch's nor fzero's."""
+    inside = (torch.__path__[0], __file__.rsplit("/", 2)[0])
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
+    return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else "  (no line of yours)"

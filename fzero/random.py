@@ -1,0 +1,193 @@
+"""Counter-based random bits: a draw is a function of a key and an element's index, and of nothing else.
+
+Element `i` of a leaf always gets the same bits for one (seed, step, path), however the leaf is cut, on whatever
+device, eager, traced or recomputed:
+
+    (seed, step, path) ──fold──▶ keys (k0, k1) ──mix(index, k0, k1)──▶ 32 bits an element
+
+All of it is int32 arithmetic that wraps, about 15 operations an element: Philox in int64 costs 25 times an optimizer
+update on a CPU. `fzero.kernels.rounding` holds the same functions for Triton kernels, equal bit for bit. The bits are
+statistical, not cryptographic.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def signed(value: int) -> int:
+    """Return the low 32 bits of `value` as the signed number that an int32 tensor holds for them.
+
+    Example:
+        >>> signed(0xFFFFFFFF), signed(7)
+        (-1, 7)
+    """
+    return (value + 2**31) % 2**32 - 2**31
+
+
+# Odd multipliers of `mix`: those of triple32. Source: Wellons, "Hash function prospector", 2018.
+MULTIPLIERS = (signed(0xED5AD4BB), signed(0xAC4C1B51), signed(0x31848BAB))
+# 2^32 over the golden ratio, odd: multiplier of `remix` and the second key word of `fold`.
+GOLDEN = signed(0x9E3779B1)
+# The quiet NaN that stochastic rounding writes, as the bits of a float32.
+QUIET_NAN = 0x7FC00000
+
+
+def shift_right(x: Tensor, n: int) -> Tensor:
+    """Return int32 `x` shifted right by `n` bits with zeros coming in (`>>` copies the sign bit)."""
+    return (x >> n) & ((1 << (32 - n)) - 1)
+
+
+def mix(index: Tensor, k0: Tensor, k1: Tensor | int) -> Tensor:
+    """Return 32 random bits for each `index` under the key words `k0` and `k1`. All int32, broadcast together.
+
+    For fixed keys this is a permutation of the 2^32 indices. `k0` enters twice, so streams whose keys differ are
+    not shifted copies of one another, even where only one word differs.
+    """
+    first, second, third = MULTIPLIERS
+    x = index + k0
+    x = (x ^ shift_right(x, 17)) * first
+    x = x ^ k1
+    x = (x ^ shift_right(x, 11)) * second
+    x = (x ^ shift_right(x, 15)) + k0
+    x = x * third
+    return x ^ shift_right(x, 14)
+
+
+def remix(word: Tensor) -> Tensor:
+    """Return a second word of random bits from the result of `mix`, for a quarter of its price.
+
+    Its low 16 bits are uniform whatever the low 16 bits of `word` are, and nearly so given the high ones. The three
+    together hold no more than the 32 random bits of `word`.
+    """
+    x = word * GOLDEN
+    return x ^ shift_right(x, 16)
+
+
+def fold(key: Tensor, data: int | Tensor) -> Tensor:
+    """Return the int32 key that `key` and `data` make together. A chain of folds names a stream.
+
+    Args:
+        key: int32, any shape; each element is a key word of its own.
+        data: an integer, taken modulo 2^32, or an int32 tensor that broadcasts with `key`.
+
+    For one key, different data give different results; for one datum, different keys do so but for chance (2^-32).
+
+    Example:
+        >>> key = fold(torch.tensor(0, dtype=torch.int32), 1)
+        >>> key.dtype, key.shape
+        (torch.int32, torch.Size([]))
+    """
+    if isinstance(data, int):
+        data = torch.full((), signed(data), dtype=torch.int32, device=key.device)
+    return mix(data, key, GOLDEN)
+
+
+def step_keys(seed: Tensor, step: Tensor) -> Tensor:
+    """Return the two key words of a step, int32 of shape (2,). `leaf_keys` folds a leaf's path into them."""
+    return fold(fold(seed, torch.arange(2, dtype=torch.int32, device=seed.device)), step)
+
+
+def leaf_keys(seed: Tensor, step: Tensor, path: str) -> Tensor:
+    """Return the two key words of the leaf at `path` in one step, int32 of shape (2,).
+
+    Args:
+        seed: int32, 0-d.
+        step: int32, 0-d.
+        path: the leaf's dotted path; its CRC-32 enters the keys.
+
+    Example:
+        >>> zero = torch.tensor(0, dtype=torch.int32)
+        >>> leaf_keys(zero, zero, "blocks.0.weight").shape
+        torch.Size([2])
+    """
+    return fold(step_keys(seed, step), zlib.crc32(path.encode()))
+
+
+def bits(keys: Tensor, offset: Tensor | int, n: int) -> Tensor:
+    """Return `n` int32 words of random bits: word `i` is `mix` of index `offset + i` (modulo 2^32) under `keys`.
+
+    Args:
+        keys: int32 of shape (2,), from `leaf_keys` or a chain of `fold`.
+        offset: global index of the first element: int32, 0-d, or an integer.
+        n: how many; below 2^31.
+    """
+    if isinstance(offset, int):
+        offset = signed(offset)
+    index = torch.arange(n, dtype=torch.int32, device=keys.device) + offset
+    return mix(index, keys[0], keys[1])
+
+
+def _unit(word: Tensor) -> Tensor:
+    """Return the top 24 bits of `word` as float32 in [0, 1), a multiple of 2^-24."""
+    return shift_right(word, 8).to(torch.float32) * 2.0**-24
+
+
+def uniform(keys: Tensor, offset: Tensor | int, n: int) -> Tensor:
+    """Return `n` float32 draws, uniform in [0, 1): the top 24 bits of `bits(keys, offset, n)`."""
+    return _unit(bits(keys, offset, n))
+
+
+def normal(keys: Tensor, offset: Tensor | int, n: int) -> Tensor:
+    """Return `n` float32 draws from the standard normal distribution, by Box and Muller, at most 5.77 in size.
+
+    The bits behind them are the same on every device; the logarithm and the cosine may differ in their last bit.
+    """
+    word = bits(keys, offset, n)
+    radius = torch.sqrt(-2.0 * torch.log(1.0 - _unit(word)))
+    return radius * torch.cos(2.0 * math.pi * _unit(mix(word, keys[1], keys[0])))
+
+
+def round_stochastic(x: Tensor, noise16: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round float32 `x` to one of its two neighbours in `dtype`, each with the probability that keeps the mean.
+
+    A value that `dtype` holds exactly never moves; infinities and signed zeros stay; any NaN becomes the quiet NaN.
+    Derivatives pass through as if nothing had been rounded.
+
+    Args:
+        x: float32.
+        noise16: int32 of the shape of `x`, uniform in [0, 2^16).
+        dtype: bfloat16.
+
+    Raises:
+        ValueError: `x` is not float32 or `dtype` is not bfloat16.
+
+    Example:
+        >>> round_stochastic(torch.tensor([1.001]), torch.tensor([65535], dtype=torch.int32))
+        tensor([1.0078], dtype=torch.bfloat16)
+    """
+    if dtype != torch.bfloat16:
+        raise ValueError(f"round_stochastic: cannot round to {dtype}; pass dtype=torch.bfloat16.")
+    if x.dtype != torch.float32:
+        raise ValueError(f"round_stochastic: x has dtype {x.dtype}, expected torch.float32. Cast it first.")
+    rounded: Tensor = _RoundStochastic.apply(x, noise16)
+    return rounded
+
+
+class _RoundStochastic(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, noise16: Tensor) -> Tensor:
+        # The noise carries into bit 16 with the probability that the bits below it make up of one unit there. NaN is
+        # set apart (by `x != x`, which Inductor vectorizes, unlike `isnan`): its carry can run into the sign bit, and
+        # without the low half of its payload it can become an infinity.
+        carried = (x.view(torch.int32) + noise16) & ~0xFFFF
+        return torch.where(x != x, QUIET_NAN, carried).view(torch.float32).to(torch.bfloat16)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return cotangent.to(torch.float32), None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, noise16_tangent: None) -> Tensor:
+        return x_tangent.to(torch.bfloat16)

@@ -1,0 +1,320 @@
+"""Training state, and the step made of it.
+
+A `State` is an immutable pytree of this rank's pieces. Nothing here has effects: a step takes a state and
+returns another.
+
+    loss, grads = value_and_grad(loss_fn)(state, batch)
+    state, info = apply_gradients(state, grads)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fzero import tree
+from fzero._torch import torch_pytree
+from fzero.accumulate import accumulate
+from fzero.autodiff import value_and_grad
+from fzero.collectives import all_reduce
+from fzero.deferred import deferred
+from fzero.errors import LayoutError, MeshError
+from fzero.functional import functional
+from fzero.layout import Layout, Placement, Sharded, piece_of, place, zero
+from fzero.mesh import Mesh, make_mesh
+from fzero.optim.base import Optimizer
+from fzero.optim.transforms import global_norm_stats
+from fzero.policy import Policy
+from fzero.policy import policy as policy_of
+from fzero.primal import Primal
+from fzero.program.jit import Jitted, jit
+from fzero.random import fold
+
+Skip = Literal["step", "element"]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The state of training; a pytree whose leaves are tensors.
+
+    Attributes:
+        step: int32 of shape (): updates made so far.
+        params: this rank's pieces of the parameters, as the policy stores them.
+        moments: the optimizer's state.
+        loss_scale: fp32 of shape (), or `None` for policies without loss scaling.
+        seed: int32 of shape (): with the step it decides dropout and the rounding of updates.
+        optimizer: static.
+        policy: static.
+        layout: static.
+    """
+
+    step: Tensor
+    params: Sharded
+    moments: Any
+    loss_scale: Tensor | None
+    seed: Tensor
+    optimizer: Optimizer
+    policy: Policy
+    layout: Layout
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.params.mesh
+
+    def replace(self, **changes: Any) -> State:
+        """Return a copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def as_primal(self) -> Primal:
+        """What `vjp` differentiates: the parameters; random draws are keyed by seed, step and data rank."""
+        rank = self.mesh.index_tensor(self.layout.data_axes)
+        key = fold(fold(self.seed, self.step), rank)
+        return Primal(self.params, self.optimizer.frozen(self.params.paths), self.loss_scale, key)
+
+    def for_microbatch(self, index: Tensor) -> State:
+        """The same state with other random draws, for one of several micro-batches."""
+        return self.replace(seed=fold(self.seed, index))
+
+    def __repr__(self) -> str:
+        held = sum(x.numel() * x.element_size() for x in tree.leaves(self) if type(x) is Tensor)
+        elements = sum(math.prod(shape) for shape in self.params.shapes)
+        return (
+            f"State({len(self.params.paths)} leaves, {elements:,} parameters, ZeRO-{self.layout.stage} over "
+            f"{' × '.join(f'{n}={s}' for n, s in self.mesh.axes)}, {held / 2**20:.1f} MiB on this rank)"
+        )
+
+
+def init(
+    params: Any,
+    optimizer: Optimizer,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    policy: str | Policy = "bf16",
+    seed: int = 0,
+) -> State:
+    """Return the first state: parameters cut and cast, zero moments, step 0.
+
+    Args:
+        params: a tree of tensors, equal on every rank; an `nn.Module`; or a factory, called without
+            arguments, that returns one. A factory's model is built leaf by leaf, with draws keyed by
+            (seed, path): the same values on any number of ranks, and never more memory than the pieces plus
+            the largest leaf. What is given is copied.
+        optimizer: such as `fz.adamw(3e-4)`.
+        mesh: default: all processes, on the axis `data`.
+        layout: default: `zero(3)`.
+        policy: a name or a `Policy`.
+        seed: of the draws of a factory's model, of dropout and of stochastic rounding.
+
+    Raises:
+        LayoutError: a leaf is no tensor or is on another device, or cannot be split as the layout says.
+        MeshError: the layout names an axis that the mesh does not have.
+        PolicyError: there is no such policy.
+
+    Example:
+        >>> from fzero.optim import adamw
+        >>> from fzero.mesh import make_mesh
+        >>> init({"w": torch.ones(4, 4)}, adamw(1e-3), make_mesh("cpu"), policy="fp32")
+        State(1 leaves, 16 parameters, ZeRO-3 over data=1, 0.0 MiB on this rank)
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"fz.init: optimizer must be an fz optimizer, got {tree.describe(optimizer)}. Try fz.adamw(lr)."
+        )
+    mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
+    if isinstance(params, nn.Module):
+        params = functional(params)[1]
+    if callable(params):
+        pieces = _from_factory(params, mesh, layout, precision, seed)
+    else:
+        pieces = _from_tree(params, mesh, layout, precision)
+    device = torch.device("meta") if mesh.simulated else mesh.device
+    return State(
+        step=torch.zeros((), dtype=torch.int32, device=device),
+        params=pieces,
+        moments=optimizer.init(pieces),
+        loss_scale=None,
+        seed=torch.full((), seed, dtype=torch.int32, device=device),
+        optimizer=optimizer,
+        policy=precision,
+        layout=layout,
+    )
+
+
+def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> tuple[State, dict[str, Any]]:
+    """Update a state by its gradients.
+
+    Args:
+        state: the state that the gradients are of.
+        grads: from a pullback, `value_and_grad` or `accumulate`.
+        skip: what a gradient that is not finite does. `"step"`: nothing changes, on any rank, not even the
+            step counter; all gradients have to be there before the first update. `"element"`: only elements
+            with such a gradient stay as they were, moments included; nothing waits for anything. Default:
+            `"element"`.
+
+    Returns:
+        `(state, info)`, where `info` holds `grad_norm` (fp32, over all ranks, not finite where a gradient is not),
+        `finite` (bool), `lr`, and `loss_scale` (1 without loss scaling).
+
+    Raises:
+        TypeError: `grads` are not a state's gradients.
+        TreeError: they pair with other parameters.
+    """
+    if skip not in (None, "step", "element"):
+        raise ValueError(f"fz.apply_gradients: skip={skip!r}; expected 'step', 'element' or None.")
+    if not isinstance(grads, Sharded):
+        raise TypeError(
+            f"fz.apply_gradients: expected the gradients of a State, got {tree.describe(grads)}. Take them with the "
+            f"State as primal: fz.value_and_grad(loss)(state, batch)."
+        )
+    stats = global_norm_stats(grads)
+    advance = torch.ones_like(state.step)
+    if skip == "step":
+        factor = torch.ones((), device=state.mesh.device) if grads.factor is None else grads.factor
+        grads = grads.replace(factor=torch.where(stats.finite, factor, torch.nan))
+        advance = stats.finite.to(state.step.dtype)
+    params, moments = state.optimizer.update(grads, state.moments, state.params, step=state.step, seed=state.seed)
+    info = {
+        "grad_norm": stats.norm,
+        "finite": stats.finite,
+        "lr": state.optimizer.learning_rate(state.step),
+        "loss_scale": torch.ones((), device=state.mesh.device) if state.loss_scale is None else state.loss_scale,
+    }
+    return state.replace(params=params, moments=moments, step=state.step + advance), info
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    microbatches: int = 1,
+    donate: bool = True,
+    skip: Skip | None = None,
+    has_aux: bool = False,
+    **jit_options: Any,
+) -> Jitted:
+    """Return `step(state, batch) -> (state, metrics)`, jitted.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`, or `(loss, aux)` with `has_aux`. It sees full parameters and
+            this rank's batch.
+        microbatches: splits the batch on dimension 0 and accumulates; gradients are the mean.
+        donate: reuse the old state's memory; reading the old state afterwards raises `DonatedError`.
+        skip: see `apply_gradients`.
+        has_aux: `aux` is a dict of tensors, which join the metrics.
+        **jit_options: for `fz.jit`.
+
+    Returns:
+        The step. Its metrics are `loss`, what `apply_gradients` tells, and `aux`; floating-point scalars are
+        averaged over the data axes.
+
+    Example:
+        >>> from fzero.optim import sgd
+        >>> from fzero.mesh import make_mesh
+        >>> state = init({"w": torch.ones(2)}, sgd(0.5), make_mesh("cpu"), policy="fp32")
+        >>> step = train_step(lambda params, batch: (params["w"] * batch).sum())
+        >>> state, metrics = step(state, torch.tensor([1.0, 2.0]))
+        >>> state.params.pieces[0], metrics["loss"]
+        (tensor([0.5000, 0.0000]), tensor(3.))
+    """
+    gradient = value_and_grad(loss_fn, has_aux=has_aux)
+    total = gradient if microbatches == 1 else accumulate(gradient, microbatches)
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        value, grads = total(state, batch)
+        loss, aux = value if has_aux else (value, {})
+        if not isinstance(aux, dict):
+            raise TypeError(f"fz.train_step: aux must be a dict of tensors, got {tree.describe(aux)}.")
+        state, info = apply_gradients(state, grads, skip)
+        local = mean_over_ranks({"loss": loss, **aux}, state.mesh, state.layout.data_axes)
+        return state, {"loss": local.pop("loss"), **info, **local}
+
+    functools.update_wrapper(step, loss_fn, assigned=("__doc__",), updated=())
+    step.__name__ = step.__qualname__ = f"train_step({getattr(loss_fn, '__name__', 'loss_fn')})"
+    return jit(step, donate=(0,) if donate else (), **jit_options)
+
+
+def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
+    """Average the floating-point scalars of a tree over mesh axes, by one collective an axis; keep the rest."""
+    leaves, treedef = tree.flatten(metrics)
+    where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point() and x.numel() == 1]
+    if where and mesh.size(axes) > 1:
+        total = torch.stack([leaves[i].reshape(()).to(torch.float32) for i in where])
+        for axis in axes:
+            total = all_reduce(total, mesh, axis)
+        for i, mean in zip(where, (total / mesh.size(axes)).unbind(), strict=True):
+            leaves[i] = mean.reshape(leaves[i].shape)
+    return tree.unflatten(treedef, leaves)
+
+
+def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Sharded:
+    leaves, treedef = tree.flatten(params)
+    paths = tree.structure_paths(treedef)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise LayoutError(f"fz.init: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be parameters.")
+        if leaf.device.type != mesh.device.type and not mesh.simulated:
+            raise LayoutError(
+                f"fz.init: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
+                f"Move it with .to({mesh.device.type!r}), or make the mesh there."
+            )
+    placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
+    return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach(), policy)
+
+
+def _from_factory(factory: Callable[[], nn.Module], mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> Sharded:
+    model = deferred(factory, seed)
+    leaves, treedef = tree.flatten(tree.nest({name: p.detach() for name, p in model.module.named_parameters()}))
+    placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
+    if mesh.simulated:
+        return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i], policy)
+    return _pieces(
+        placed, [leaf.dtype for leaf in leaves], lambda i: model.materialize(placed.paths[i], mesh.device), policy
+    )
+
+
+def _pieces(placed: Placement, dtypes: Sequence[torch.dtype], leaf: Callable[[int], Tensor], policy: Policy) -> Sharded:
+    """Cut leaves one at a time, so that no two are whole together."""
+    mesh, pieces = placed.mesh, []
+    for i, (spec, dtype) in enumerate(zip(placed.specs, dtypes, strict=True)):
+        stored = policy.stored if dtype.is_floating_point else dtype
+        if mesh.simulated:
+            pieces.append(torch.empty(spec.piece_numel(mesh), dtype=stored, device="meta"))
+        else:
+            pieces.append(piece_of(leaf(i), spec, mesh).to(stored))
+    return Sharded(tuple(pieces), placed)
+
+
+def check_not_simulated(mesh: Mesh, call: str) -> None:
+    """Raise where something is to run on a world that does not exist."""
+    if mesh.simulated:
+        raise MeshError(f"{call}: the mesh is simulated, so nothing can run on it. Use fz.trace, or a real mesh.")
+
+
+_STATIC = ("optimizer", "policy", "layout")
+_CHILDREN = ("step", "params", "moments", "loss_scale", "seed")
+
+
+def _flatten_state(state: State) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
+    return tuple(getattr(state, n) for n in _CHILDREN), tuple(getattr(state, n) for n in _STATIC), _CHILDREN
+
+
+def _unflatten_state(static: tuple[Any, ...], children: Iterable[Any]) -> State:
+    return State(*children, *static)
+
+
+tree.register(State, _flatten_state, _unflatten_state)
+torch_pytree.register_pytree_node(
+    State,
+    lambda s: ([c for c in _flatten_state(s)[0] if c is not None], (_flatten_state(s)[1], s.loss_scale is None)),
+    lambda children, context: _torch_unflatten_state(list(children), *context),
+)
+
+
+def _torch_unflatten_state(children: list[Any], static: tuple[Any, ...], unscaled: bool) -> State:
+    # torch calls None a leaf, and no torch.func transform takes one.
+    return _unflatten_state(static, [*children[:3], None, *children[3:]] if unscaled else children)

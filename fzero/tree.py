@@ -1,0 +1,267 @@
+"""Trees: optree in fzero's namespace, with readable paths.
+
+A `State` and a `Sharded` are nodes of this namespace: `leaves`, `map` and `paths` open them into their
+tensors. Under plain `optree` or in another namespace they are leaves.
+
+`None` is an empty subtree, as in JAX. Dataclasses, and the output classes of libraries that registered
+them with torch, are opened on first sight.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from fzero._torch import torch_nodes
+
+NAMESPACE = "fzero"
+
+TreeDef = optree.PyTreeSpec
+
+
+def register(
+    cls: type,
+    flatten: Callable[[Any], tuple[Sequence[Any], Any, Sequence[str]]],
+    unflatten: Callable[[Any, Sequence[Any]], Any],
+) -> None:
+    """Make `cls` a node of fzero's trees.
+
+    Args:
+        cls: the class.
+        flatten: `instance -> (children, static data, names of the children)`. The static data must be
+            hashable and comparable: it is part of the structure.
+        unflatten: `(static data, children) -> instance`.
+    """
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
+
+
+def flatten(
+    tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False
+) -> tuple[list[Any], TreeDef]:
+    """Return the leaves of `tree`, in order, and its structure.
+
+    Example:
+        >>> leaves, treedef = flatten({"b": 2, "a": (1, None)})
+        >>> leaves
+        [1, 2]
+        >>> unflatten(treedef, [10, 20])
+        {'b': 20, 'a': (10, None)}
+    """
+    while True:
+        leaves, treedef = optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
+        closed = [cls for cls in dict.fromkeys(type(leaf) for leaf in leaves) if _can_open(cls)]
+        if not closed:
+            return leaves, treedef
+        for cls in closed:
+            _open(cls, next(leaf for leaf in leaves if type(leaf) is cls))
+
+
+def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
+    """Rebuild a tree from its structure and its leaves."""
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> list[Any]:
+    """Return the leaves of `tree` in order.
+
+    Example:
+        >>> leaves({"b": 2, "a": (1, None)})
+        [1, 2]
+    """
+    return flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)[0]
+
+
+def structure(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> TreeDef:
+    """Return the structure of `tree`."""
+    return flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)[1]
+
+
+def map(  # noqa: A001 - the field's name for it
+    f: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+    none_is_leaf: bool = False,
+) -> Any:
+    """Apply `f` to the leaves of one tree, or to the leaves of several side by side.
+
+    Args:
+        f: takes one leaf of each tree.
+        tree: its structure is the result's.
+        *rest: trees with the structure of `tree`, or with subtrees where `tree` has leaves.
+        is_leaf: true for nodes to be passed to `f` whole.
+        none_is_leaf: pass `None` to `f` instead of keeping it.
+
+    Raises:
+        ValueError: a tree of `rest` does not fit; the message names the path.
+
+    Example:
+        >>> map(lambda x, y: x + y, {"a": 1, "b": 2}, {"a": 10, "b": 20})
+        {'a': 11, 'b': 22}
+    """
+    first, treedef = flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)
+    others = []
+    for other in rest:
+        flatten(other)  # opens classes that are new
+        others.append(treedef.flatten_up_to(other))
+    return unflatten(treedef, [f(*row) for row in zip(first, *others, strict=True)])
+
+
+def paths(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> list[str]:
+    """Return the dotted path of every leaf, in the order of `leaves`.
+
+    Example:
+        >>> paths({"blocks": [{"w": 1}, {"w": 2}], "bias": 3})
+        ['bias', 'blocks.0.w', 'blocks.1.w']
+    """
+    return structure_paths(flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)[1])
+
+
+def structure_paths(treedef: TreeDef) -> list[str]:
+    """Return the dotted path of every leaf of a structure."""
+    return [".".join(str(entry) for entry in path) for path in treedef.paths()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of a tensor in a tree whose tensors were taken out."""
+
+    name: str
+
+
+PICKED, OTHER = Slot("picked"), Slot("other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hollow:
+    """A tree without its tensors: slots where they were, and the leaves that are no tensors."""
+
+    treedef: TreeDef
+    slots: tuple[Any, ...]
+
+    def fill(self, picked: Iterable[Any], others: Iterable[Any] = ()) -> Any:
+        """Put tensors back, in order."""
+        sources = {PICKED: iter(picked), OTHER: iter(others)}
+        return unflatten(self.treedef, [next(sources[s]) if isinstance(s, Slot) else s for s in self.slots])
+
+
+def split(tree: Any, select: Callable[[Tensor], bool] = lambda _: True) -> tuple[list[Tensor], list[Tensor], Hollow]:
+    """Return the tensors of a tree that `select` picks, its other tensors, and the tree without them.
+
+    Example:
+        >>> import torch
+        >>> picked, _, hollow = split({"x": torch.tensor(1), "name": "a"})
+        >>> hollow.fill([7])
+        {'name': 'a', 'x': 7}
+    """
+    leaves, treedef = flatten(tree)
+    slots = [leaf if not isinstance(leaf, Tensor) else PICKED if select(leaf) else OTHER for leaf in leaves]
+    picked = [leaf for leaf, slot in zip(leaves, slots, strict=True) if slot is PICKED]
+    others = [leaf for leaf, slot in zip(leaves, slots, strict=True) if slot is OTHER]
+    return picked, others, Hollow(treedef, tuple(slots))
+
+
+def describe(leaf: Any) -> str:
+    """Return a leaf in a few words: the dtype and shape of a tensor, else its type or value.
+
+    Example:
+        >>> import torch
+        >>> describe(torch.zeros(2, 3))
+        'float32(2, 3)'
+    """
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{tuple(leaf.shape)}"
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return repr(leaf)
+    return type(leaf).__name__
+
+
+def differences(
+    expected: Any, got: Any, *, same: Callable[[Any, Any], bool] = lambda a, b: describe(a) == describe(b)
+) -> list[str]:
+    """Return one line for each path at which two trees differ, `path: expected …, got …`.
+
+    Example:
+        >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 2})
+        ['b: expected 2, got nothing', 'c: expected nothing, got 2']
+    """
+    left = dict(zip(paths(expected, none_is_leaf=True), leaves(expected, none_is_leaf=True), strict=True))
+    right = dict(zip(paths(got, none_is_leaf=True), leaves(got, none_is_leaf=True), strict=True))
+    lines = []
+    for path in dict.fromkeys([*left, *right]):
+        name = path or "(the whole)"
+        if path not in right:
+            lines.append(f"{name}: expected {describe(left[path])}, got nothing")
+        elif path not in left:
+            lines.append(f"{name}: expected nothing, got {describe(right[path])}")
+        elif not same(left[path], right[path]):
+            lines.append(f"{name}: expected {describe(left[path])}, got {describe(right[path])}")
+    a, b = structure(expected, none_is_leaf=True), structure(got, none_is_leaf=True)
+    if not lines and a != b:
+        lines.append(f"(the whole): expected the structure {a}, got {b}")
+    return lines
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted names into nested dicts.
+
+    Example:
+        >>> nest({"a.w": 1, "a.b": 2, "c": 3})
+        {'a': {'w': 1, 'b': 2}, 'c': 3}
+    """
+    root: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return root
+
+
+def _can_open(cls: type) -> bool:
+    if issubclass(cls, Tensor) or optree.register_pytree_node.get(cls, namespace=NAMESPACE) is not None:  # type: ignore[attr-defined]
+        return False
+    return dataclasses.is_dataclass(cls) or cls in torch_nodes()
+
+
+def _open(cls: type, example: Any) -> None:
+    if cls in torch_nodes():
+        node = torch_nodes()[cls]
+
+        def flatten_torch(instance: Any) -> tuple[Sequence[Any], Any, Sequence[str]]:
+            children, context = node.flatten_fn(instance)
+            names = list(instance) if isinstance(instance, Mapping) else [str(i) for i in range(len(children))]
+            return children, _Context(context), names
+
+        register(cls, flatten_torch, lambda static, children: node.unflatten_fn(list(children), static.value))
+    elif isinstance(example, Mapping):
+        register(cls, lambda m: (list(m.values()), tuple(m), list(m)), lambda keys, xs: cls(zip(keys, xs, strict=True)))
+    else:
+        names = tuple(field.name for field in dataclasses.fields(cls))
+
+        def unflatten_dataclass(_: Any, children: Sequence[Any]) -> Any:
+            instance = copy.copy(object.__new__(cls))
+            for name, child in zip(names, children, strict=True):
+                object.__setattr__(instance, name, child)
+            return instance
+
+        register(cls, lambda x: ([getattr(x, n) for n in names], None, names), unflatten_dataclass)
+
+
+class _Context:
+    """What torch's registry calls the context of a node: made hashable, so that it can be static data."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))

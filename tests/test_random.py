@@ -1,0 +1,204 @@
+"""The bits are even, independent across elements, keys, leaves and steps, and rounding by them keeps the mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fzero.random import bits, fold, leaf_keys, mix, normal, remix, round_stochastic, shift_right, signed, uniform
+
+DRAWS = 1 << 16
+
+
+def int32(value: int) -> Tensor:
+    return torch.tensor(signed(value), dtype=torch.int32)
+
+
+def words(n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64, generator=generator).to(torch.int32)
+
+
+KEYS = leaf_keys(int32(0), int32(0), "w")
+PINNED_KEYS = [1600039016, -2096090855]
+PINNED_BITS = [-1738540287, 1441215709, -1703090210]
+
+
+def flip_rates(function: Callable[..., Tensor], arguments: list[Tensor], position: int) -> Tensor:
+    """How often each output bit flips when one input bit of one argument does: (32 input bits, 32 output bits)."""
+    base, rates = function(*arguments), []
+    for bit in range(32):
+        flipped = list(arguments)
+        flipped[position] = flipped[position] ^ signed(1 << bit)
+        changed = function(*flipped) ^ base
+        rates.append(torch.stack([((changed >> out) & 1).float().mean() for out in range(32)]))
+    return torch.stack(rates)
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["index", "k0", "k1"])
+def test_each_input_bit_of_mix_flips_each_output_bit_half_the_time(position: int, sequential: bool) -> None:
+    index = torch.arange(DRAWS, dtype=torch.int32) if sequential else words(DRAWS)
+    rates = flip_rates(mix, [index, words(DRAWS, 1), words(DRAWS, 2)], position)
+    assert rates.min() > 0.47 and rates.max() < 0.53
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["seed", "step"])
+def test_each_bit_of_seed_and_step_flips_each_bit_of_both_keys(position: int) -> None:
+    def key(word: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda seed, step: fold(fold(fold(seed, word), step), 0x1234ABCD)
+
+    counts = torch.arange(DRAWS, dtype=torch.int32)
+    for word in (0, 1):
+        rates = flip_rates(key(word), [counts % 7, counts // 7], position)
+        assert rates.min() > 0.47 and rates.max() < 0.53
+
+
+def test_bytes_of_a_stream_are_uniform() -> None:
+    word = bits(KEYS, int32(0), 1 << 18)
+    for draw in (word, remix(word)):
+        for byte in range(4):
+            counts = torch.bincount((shift_right(draw, 8 * byte) if byte else draw) & 0xFF, minlength=256).double()
+            expected = counts.sum() / 256
+            chi2 = ((counts - expected) ** 2 / expected).sum().item()
+            assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 16, 256, 1024, 4096])
+def test_elements_of_a_stream_are_uncorrelated(lag: int) -> None:
+    x = uniform(KEYS, int32(0), 1 << 18)
+    assert abs(correlation(x[:-lag], x[lag:])) < 5 / math.sqrt(len(x))
+
+
+def test_leaves_steps_and_seeds_are_uncorrelated_and_never_equal() -> None:
+    names = [(s, t, path) for s in (0, 1) for t in (0, 1, 2) for path in ("blocks.0.w", "blocks.1.w", "blocks.0.b")]
+    streams = [bits(leaf_keys(int32(s), int32(t), path), int32(0), DRAWS) for s, t, path in names]
+    table = torch.corrcoef(torch.stack(streams).double()) - torch.eye(len(streams))
+    assert table.abs().max() < 5.5 / math.sqrt(DRAWS)
+    for i, x in enumerate(streams):
+        for y in streams[:i]:
+            assert (x == y).sum() <= 3
+
+
+@pytest.mark.parametrize("changed", [0, 1], ids=["k0", "k1"])
+def test_streams_that_differ_in_one_key_word_are_not_shifted_copies(changed: int) -> None:
+    other = KEYS.clone()
+    other[changed] += 1
+    x, y = bits(KEYS, int32(0), DRAWS), bits(other, int32(0), DRAWS)
+    for shift in range(4):
+        assert (x[shift:] == y[: DRAWS - shift]).sum() <= 3
+        assert (y[shift:] == x[: DRAWS - shift]).sum() <= 3
+
+
+def test_keys_of_many_leaves_and_steps_differ() -> None:
+    keys = {tuple(leaf_keys(int32(7), int32(t), f"blocks.{i}.w").tolist()) for t in range(40) for i in range(40)}
+    assert len(keys) == 1600
+    assert len({word for pair in keys for word in pair}) >= 3199
+
+
+def test_mix_is_a_permutation_of_indices() -> None:
+    assert bits(KEYS, int32(0), 1 << 20).unique().numel() == 1 << 20
+
+
+def test_a_piece_draws_what_the_whole_leaf_draws_there() -> None:
+    whole = bits(KEYS, int32(0), 1000)
+    assert torch.equal(whole[300:700], bits(KEYS, int32(300), 400))
+    assert torch.equal(whole[300:700], bits(KEYS, 300, 400))
+
+
+def test_offsets_wrap() -> None:
+    across = bits(KEYS, int32(2**31 - 10), 20)
+    assert torch.equal(across[10:], bits(KEYS, int32(-(2**31)), 10))
+    assert torch.equal(bits(KEYS, int32(-5), 10)[5:], bits(KEYS, int32(0), 5))
+    assert torch.equal(bits(KEYS, 2**32 + 3, 4), bits(KEYS, 3, 4))
+
+
+def test_bits_never_change() -> None:
+    # Checkpoints and published runs rely on these: a change of the generator has to be a new one.
+    assert KEYS.tolist() == PINNED_KEYS
+    assert bits(KEYS, int32(0), 3).tolist() == PINNED_BITS
+
+
+def test_uniform_and_normal_have_their_moments() -> None:
+    n = 1 << 18
+    x, z = uniform(KEYS, int32(0), n), normal(KEYS, int32(0), n)
+    assert x.dtype == z.dtype == torch.float32
+    assert x.min() >= 0 and x.max() < 1
+    assert abs(x.mean() - 0.5) < 5 * math.sqrt(1 / 12 / n)
+    assert abs(z.mean()) < 5 / math.sqrt(n)
+    assert abs(z.var() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / n)
+    # The distribution function at a few places.
+    for place in (-2.0, -0.5, 0.0, 1.0, 2.5):
+        expected = 0.5 * math.erfc(-place / math.sqrt(2))
+        assert abs((z < place).float().mean() - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+
+
+def test_keys_are_the_same_traced_and_under_vmap() -> None:
+    def draw(seed: Tensor, step: Tensor) -> Tensor:
+        return bits(leaf_keys(seed, step, "w"), int32(0), 5)
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(draw, tracing_mode="fake")(int32(1), int32(2))
+    assert torch.equal(graph(int32(3), int32(4)), draw(int32(3), int32(4)))
+    steps = torch.arange(3, dtype=torch.int32)
+    batched = torch.func.vmap(draw, in_dims=(None, 0))(int32(3), steps)
+    assert torch.equal(batched, torch.stack([draw(int32(3), step) for step in steps]))
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 3.14159e-20, 2.7e15, 1e-39])
+def test_rounding_goes_to_neighbours_and_keeps_the_mean(value: float) -> None:
+    n = 1 << 16
+    x = torch.full((n,), value)
+    # Every noise value once: the mean is exact up to the grid of 2^-16 units in the last place.
+    rounded = round_stochastic(x, torch.arange(n, dtype=torch.int32)).double()
+    exact = x[0].double()
+    assert rounded.unique().numel() <= 2
+    assert rounded.min() <= exact <= rounded.max()
+    gap = rounded.max() - rounded.min()
+    assert abs(rounded.mean() - exact) <= gap * 2**-16
+    drawn = round_stochastic(x, bits(KEYS, int32(0), n) & 0xFFFF).double()
+    assert abs(drawn.mean() - exact) <= gap * 5 / math.sqrt(4 * n)
+
+
+def test_rounding_keeps_what_bfloat16_holds() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for noise in (0, 1, 0x7FFF, 0xFFFF):
+        rounded = round_stochastic(every.float(), torch.full(every.shape, noise, dtype=torch.int32))
+        assert torch.equal(rounded.isnan(), every.isnan())
+        held = ~every.isnan()
+        assert torch.equal(rounded.view(torch.int16)[held], every.view(torch.int16)[held])
+
+
+@pytest.mark.parametrize("pattern", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF])
+def test_rounding_keeps_every_nan_a_nan(pattern: int) -> None:
+    x = int32(pattern).view(torch.float32).expand(2)
+    assert round_stochastic(x, torch.tensor([0, 0xFFFF], dtype=torch.int32)).isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.func.jvp, at its first use
+def test_rounding_passes_derivatives_through() -> None:
+    x, noise = torch.randn(8), words(8) & 0xFFFF
+
+    def f(x: Tensor) -> Tensor:
+        return round_stochastic(x, noise)
+
+    _, pullback = torch.func.vjp(f, x)
+    assert torch.equal(pullback(torch.ones(8, dtype=torch.bfloat16))[0], torch.ones(8))
+    assert torch.equal(torch.func.jvp(f, (x,), (torch.ones(8),))[1], torch.ones(8, dtype=torch.bfloat16))
+    assert torch.equal(torch.func.vmap(f)(x.expand(3, 8)), f(x).expand(3, 8))
+
+
+def test_rounding_refuses_other_dtypes() -> None:
+    noise = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cannot round to torch\.float16"):
+        round_stochastic(torch.ones(2), noise, torch.float16)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.bfloat16"):
+        round_stochastic(torch.ones(2, dtype=torch.bfloat16), noise)
