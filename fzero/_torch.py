@@ -34,11 +34,13 @@ def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list
 
     Graph modules among `args` become attributes of the graph's module.
     """
-    tracer = get_proxy_mode().tracer
+    mode = get_proxy_mode()
+    assert mode is not None, "recording happens inside a trace"
+    tracer: Any = mode.tracer
 
     def proxy(x: Any) -> Any:
         if isinstance(x, torch.fx.GraphModule):
-            name = f"body_{sum(1 for _ in tracer.root.named_children())}"
+            name = f"body_{len(list(tracer.root.children()))}"
             tracer.root.add_module(name, x)
             return tracer.create_proxy("get_attr", name, (), {})
         return tracer.unwrap_proxy(x) if isinstance(x, torch.Tensor) else x
@@ -107,24 +109,24 @@ def standalone_compile(
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
-    "readable",
-    "record_call",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
     "c10d",
-    "dispatch_modes",
     "disable_proxy_modes_tracing",
+    "dispatch_modes",
     "functorch_level",
     "get_proxy_mode",
     "is_functorch_wrapped",
     "make_fx",
+    "readable",
+    "record_call",
     "standalone_compile",
     "storage_id",
     "torch_nodes",
     "torch_pytree",
-    "unwrapped",
     "track_tensor_tree",
     "trunc_normal_replaced",
+    "unwrapped",
 ]

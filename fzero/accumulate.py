@@ -21,7 +21,7 @@ from fzero._torch import FakeTensor, disable_proxy_modes_tracing, get_proxy_mode
 from fzero.autodiff import ValueAndGrad
 from fzero.errors import BatchError, TraceError
 from fzero.layout import Placement, Sharded
-from fzero.program.trace import check_keyed, graph_of
+from fzero.program.trace import check_keyed, graph_of, results
 
 # What becomes of a tensor that the body returns: added up, concatenated along dimension 0, or the same each round.
 Kind = Literal["sum", "stack", "same"]
@@ -143,11 +143,11 @@ def _record(
         module = graph_of(lambda *inputs: body(list(inputs)), [index[0], *whole, *parts])
         check_keyed(module)
         _check_closed(module)
-        results = []
+        totals = []
         for term, kind in zip(_outputs(module), kinds(), strict=True):
             shape = (term.shape[0] * n, *term.shape[1:]) if kind == "stack" else term.shape
-            results.append(torch.empty(shape, dtype=term.dtype, device=term.device))
-    return record_call(run_loop, (module, tuple(kinds()), index, list(whole), list(batch)), results)
+            totals.append(torch.empty(shape, dtype=term.dtype, device=term.device))
+    return record_call(run_loop, (module, tuple(kinds()), index, list(whole), list(batch)), totals)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class _GradientNode:
 
     @property
     def kinds(self) -> list[Kind]:
-        return [*("sum" for dtype in self.dtypes if dtype is not None), "same"]
+        sums: list[Kind] = ["sum" for dtype in self.dtypes if dtype is not None]
+        return [*sums, "same"]
 
     def finish(self, totals: Iterator[Tensor], n: int) -> Sharded:
         pieces = tuple(None if dtype is None else next(totals).to(dtype) for dtype in self.dtypes)
@@ -270,15 +271,16 @@ def _check_batch(batch: tree.Hollow, leaves: Sequence[Tensor], positions: Sequen
 
 def _check_closed(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
-        if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
+        value = getattr(module, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(value, FakeTensor):
             raise TraceError(
-                f"fz.accumulate: the function closes over a tensor of shape {tuple(getattr(module, node.target).shape)} "
-                f"that the step computes. Pass it as an argument."
+                f"fz.accumulate: the function closes over a tensor of shape {tuple(value.shape)} that the step "
+                f"computes. Pass it as an argument."
             )
 
 
 def _outputs(module: fx.GraphModule) -> list[Tensor]:
-    return [node.meta["val"] for node in module.graph.output_node().args[0]]
+    return [node.meta["val"] for node in results(module)]
 
 
 def _device(*groups: Sequence[Tensor]) -> torch.device:

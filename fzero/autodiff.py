@@ -78,7 +78,8 @@ def vjp(
         return tuple(floats), (*others, *extra)
 
     if where:
-        floats, pull, rest = torch.func.vjp(on_differentiable, *(leaves[i] for i in where), has_aux=True)
+        traced: Any = torch.func.vjp(on_differentiable, *(leaves[i] for i in where), has_aux=True)
+        floats, pull, rest = traced
     else:
         (floats, rest), pull = on_differentiable(), lambda _: ()
     if not floats:

@@ -126,7 +126,7 @@ class Spec:
     """How one leaf is laid out: its full shape, its dimensions' axes, the axes its flat block is cut over."""
 
     shape: tuple[int, ...]
-    split: P = P()
+    split: P
     cut: tuple[str, ...] = ()
 
     def block_shape(self, mesh: Mesh) -> tuple[int, ...]:
@@ -271,7 +271,7 @@ def gather(sharded: Any) -> Any:
 def _gather_node(node: Any) -> Any:
     if not isinstance(node, Sharded):
         return node.clone() if isinstance(node, Tensor) else node
-    whole = []
+    whole: list[Tensor | None] = []
     for piece, spec in zip(node.pieces, node.placement.specs, strict=True):
         if piece is None:
             whole.append(None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Primal:
 
 @runtime_checkable
 class HasPrimal(Protocol):
+    """A container of parameters that functions can be differentiated by."""
+
     def as_primal(self) -> Primal: ...
 
 
@@ -130,7 +132,7 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
     params = primal.params
     mesh, axes, policy = params.mesh, params.layout.data_axes, params.policy
     placement = params.placement.cut_over(params.layout.gradient_cut)
-    pieces = []
+    pieces: list[Tensor | None] = []
     for leaf, spec in zip(leaves, placement.specs, strict=True):
         if leaf is None:
             pieces.append(None)
@@ -155,5 +157,6 @@ def gathered(primal: Primal) -> list[Tensor]:
     return full
 
 
-def is_float(leaf: Any) -> bool:
+def is_float(leaf: Any) -> TypeGuard[Tensor]:
+    """Return whether a leaf is a tensor that has gradients."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

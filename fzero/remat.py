@@ -96,7 +96,7 @@ class _Remat(torch.autograd.Function):
         def on_floats(*floats: Tensor) -> tuple[Tensor, ...]:
             return tuple(x for x in ctx.run(*_filled(tensors, where, floats)) if is_float(x))
 
-        outputs, pullback = torch.func.vjp(on_floats, *(tensors[i] for i in where))
+        outputs, pullback, *_ = torch.func.vjp(on_floats, *(tensors[i] for i in where))
         kept = [c for c in cotangents if is_float(c)]
         assert len(kept) == len(outputs), "one cotangent for each floating-point output"
         return (None, *_filled([None] * len(tensors), where, pullback(tuple(kept))))
@@ -105,12 +105,12 @@ class _Remat(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         where = [i for i, tangent in enumerate(tangents) if tangent is not None and is_float(tensors[i])]
-        _, out = torch.func.jvp(
+        result: Any = torch.func.jvp(
             lambda *floats: tuple(x for x in ctx.run(*_filled(tensors, where, floats)) if is_float(x)),
             tuple(tensors[i] for i in where),
             tuple(tangents[i] for i in where),
         )
-        return tuple(out)
+        return tuple(result[1])
 
 
 class _Holder(nn.Module):

@@ -9,7 +9,6 @@ them with torch, are opened on first sight.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -81,7 +80,7 @@ def structure(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_i
     return flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)[1]
 
 
-def map(  # noqa: A001 - the field's name for it
+def map(
     f: Callable[..., Any],
     tree: Any,
     *rest: Any,
@@ -225,7 +224,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _can_open(cls: type) -> bool:
-    if issubclass(cls, Tensor) or optree.register_pytree_node.get(cls, namespace=NAMESPACE) is not None:  # type: ignore[attr-defined]
+    if issubclass(cls, Tensor) or optree.register_pytree_node.get(cls, namespace=NAMESPACE) is not None:
         return False
     return dataclasses.is_dataclass(cls) or cls in torch_nodes()
 
@@ -246,7 +245,7 @@ def _open(cls: type, example: Any) -> None:
         names = tuple(field.name for field in dataclasses.fields(cls))
 
         def unflatten_dataclass(_: Any, children: Sequence[Any]) -> Any:
-            instance = copy.copy(object.__new__(cls))
+            instance: Any = object.__new__(cls)
             for name, child in zip(names, children, strict=True):
                 object.__setattr__(instance, name, child)
             return instance

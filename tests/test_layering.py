@@ -20,16 +20,16 @@ ORDER = [
     "layout",
     "random",
     "keyed",
-    "functional deferred",
+    "deferred",
+    "functional",
+    "kernels",
+    "program",
     "primal",
     "autodiff",
     "remat",
     "accumulate",
-    "kernels",
-    "program",
     "optim",
     "state",
-    "checkpoint",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 FROM_ANYWHERE = {"errors", "_torch"}

@@ -46,8 +46,11 @@ class AdamW(Elementwise):
         self, p: Tensor, moments: tuple[Tensor, ...], g: Tensor, leaf: Leaf, shared: dict[bool, Tensor]
     ) -> tuple[Tensor, ...]:
         scalars = shared[self.mask is None or self.mask(leaf.path)]
-        statics = {"b1": self.b1, "b2": self.b2, "eps": self.eps, "stochastic": leaf.stochastic}
-        return kernel(p, *moments, g, scalars, leaf.keys, leaf.offset, **statics)
+        m, v = moments
+        return kernel(
+            p, m, v, g, scalars, leaf.keys, leaf.offset,
+            b1=self.b1, b2=self.b2, eps=self.eps, stochastic=leaf.stochastic,
+        )  # fmt: skip
 
 
 def adamw(

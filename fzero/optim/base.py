@@ -12,7 +12,6 @@ step is skipped by a factor of NaN, which makes every element so.
 
 from __future__ import annotations
 
-import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -132,7 +131,7 @@ class Elementwise(Optimizer):
         placement = params.placement.cut_over(params.layout.gradient_cut)
 
         def zeros() -> Sharded:
-            pieces = []
+            pieces: list[Tensor | None] = []
             for piece, spec in zip(params.pieces, placement.specs, strict=True):
                 if piece is None or not piece.is_floating_point():
                     pieces.append(None)
@@ -204,8 +203,11 @@ def write_back(leaf: Leaf, ok: Tensor, *pairs: tuple[Tensor, Tensor]) -> tuple[T
         noise = [word & 0xFFFF, shift_right(word, 16), remix(word) & 0xFFFF]
     results = []
     for (new, old), noise16 in zip(pairs, noise, strict=False):
-        rounds = noise16 is not None and old.dtype != torch.float32
-        results.append(torch.where(ok, round_stochastic(new, noise16, old.dtype) if rounds else new.to(old.dtype), old))
+        if noise16 is None or old.dtype == torch.float32:
+            rounded = new.to(old.dtype)
+        else:
+            rounded = round_stochastic(new, noise16, old.dtype)
+        results.append(torch.where(ok, rounded, old))
     return tuple(results)
 
 
@@ -237,18 +239,15 @@ def _lift(tree_: Any, *, like: Any = None) -> Sharded:
     """Return a tree of tensors as a `Sharded` of a world of one, without a copy."""
     if isinstance(tree_, Sharded):
         return tree_
-    structure = tree.structure(tree_ if like is None else like)
-    leaves = structure.flatten_up_to(tree_)
-    shapes = [tuple(x.shape) for x in tree.leaves(tree_ if like is None else like)]
-    device = next((x.device for x in leaves if x is not None), torch.device("cpu"))
+    examples, structure = tree.flatten(tree_ if like is None else like)
+    leaves: list[Any] = structure.flatten_up_to(tree_)
+    shapes = [tuple(x.shape) for x in examples]
+    device: torch.device = next((x.device for x in examples), torch.device("cpu"))
     placement = place(shapes, structure, Mesh((("data", 1),), device), zero(0))
     return Sharded(tuple(None if x is None else x.reshape(-1) for x in leaves), placement)
 
 
 def _lower(sharded: Sharded) -> Any:
-    leaves = [
-        None if piece is None else piece.reshape(shape)
-        for piece, shape in zip(sharded.pieces, sharded.shapes, strict=True)
-    ]
-    assert all(piece is None or piece.numel() == math.prod(s) for piece, s in zip(sharded.pieces, sharded.shapes))
+    rows = zip(sharded.pieces, sharded.shapes, strict=True)
+    leaves = [None if piece is None else piece.reshape(shape) for piece, shape in rows]
     return tree.unflatten(sharded.placement.treedef, leaves)

@@ -31,8 +31,9 @@ class Donated(Tensor):
             if isinstance(x, list | tuple):
                 stack.extend(x)
         raise DonatedError(
-            f"{getattr(func, '__name__', func)}: this tensor's memory was donated to {call}, which may have overwritten "
-            f"it. Use what that call returned, copy the tensor before the call (.clone()), or jit without donate=."
+            f"{getattr(func, '__name__', func)}: this tensor's memory was donated to {call}, which may have "
+            f"overwritten it. Use what that call returned, copy the tensor before the call (.clone()), or jit "
+            f"without donate=."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

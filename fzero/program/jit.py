@@ -40,6 +40,7 @@ class Jitted:
         self.calls = 0
         self._programs: dict[Any, Program] = {}
         self._last: _Signature | None = None
+        self.name = getattr(f, "__qualname__", type(f).__name__)
         functools.update_wrapper(self, f, updated=())
 
     @property
@@ -53,9 +54,9 @@ class Jitted:
             return self.f(*args, **kwargs)  # inside a trace or a transform it is part of that
         _check_real(args, kwargs)
         self.calls += 1
-        call = f"{self.__name__} (call {self.calls})"
+        call = f"{self.name} (call {self.calls})"
         if self.donate:
-            donation.check_distinct(leaves, signature.paths, signature.donated, f"fz.jit: {self.__name__}")
+            donation.check_distinct(leaves, signature.paths, signature.donated, f"fz.jit: {self.name}")
             # From here on the old tensors are gone, also if the call fails: half of a step may have
             # overwritten them, and a state that is sometimes there would be a trap.
             for i in signature.donated:
@@ -77,7 +78,7 @@ class Jitted:
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        return _Signature(hollow, leaves, self._positions(args), self.__name__), leaves
+        return _Signature(hollow, leaves, self._positions(args), self.name), leaves
 
     def _positions(self, args: tuple[Any, ...]) -> frozenset[int]:
         counts = [len(tree.split(a)[0]) if i <= max(self.donate, default=-1) else 0 for i, a in enumerate(args)]
@@ -87,11 +88,11 @@ class Jitted:
     def _program(self, signature: _Signature, leaves: Sequence[Tensor]) -> Program:
         cause = "first call" if self._last is None else signature.changes(self._last)
         log = logger.info if self._last is None else logger.warning
-        log("fz.jit: tracing %s (program %d): %s", self.__name__, len(self._programs) + 1, cause)
+        log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
         trace = trace_flat(self.f, leaves, signature.hollow, paths=signature.paths, donated=signature.donated)
         for run_pass in PASSES:
             trace = run_pass(trace)
-        return Program(self.__name__, trace, lower_graph(trace.module), cause)
+        return Program(self.name, trace, lower_graph(trace.module), cause)
 
 
 class _Signature:

@@ -88,7 +88,7 @@ class _Scope:
     def text(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
             if argument.op == "get_attr":
-                return self.name(_attribute(self.module, argument.target), argument.target)
+                return self.name(_attribute(self.module, str(argument.target)), str(argument.target))
             return argument.name
         if isinstance(argument, tuple):
             return f"({''.join(self.text(a) + ', ' for a in argument)})"

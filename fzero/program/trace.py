@@ -110,13 +110,20 @@ def check_keyed(module: fx.GraphModule) -> None:
             )
 
 
+def results(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes whose values a graph returns."""
+    found = module.graph.output_node().args[0]
+    assert isinstance(found, list | tuple)
+    nodes = [node for node in found if isinstance(node, fx.Node)]
+    assert len(nodes) == len(found), "a graph returns a list of tensors"
+    return nodes
+
+
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """Return a module with a copy of the graph, and of the graphs of loop bodies in it. Constants are shared."""
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {}, return_output_node=True)
-    assert output is not None
-    result, old = output
-    graph.output(result).meta = old.meta
+    graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     new = fx.GraphModule(module, graph)
     for name, body in module.named_children():
         if isinstance(body, fx.GraphModule):
@@ -131,7 +138,7 @@ def bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
     """Return the graph with its inputs named by their paths."""
-    graph, mapping = fx.Graph(), {}
+    graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     names = iter(paths)
     for node in module.graph.nodes:
         if node.op == "placeholder":

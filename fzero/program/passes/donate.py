@@ -20,7 +20,7 @@ from torch import fx
 
 from fzero._torch import storage_id
 from fzero.kernels.in_place import IN_PLACE
-from fzero.program.trace import Trace, copied
+from fzero.program.trace import Trace, copied, results
 
 
 def donate(trace: Trace) -> Trace:
@@ -34,12 +34,12 @@ def donate(trace: Trace) -> Trace:
     for node in list(graph.nodes):
         if node.target in IN_PLACE:
             in_place, positions = IN_PLACE[node.target]
-            targets = [node.args[i] for i in positions]
+            targets = [arg for i in positions if isinstance(arg := node.args[i], fx.Node)]
             if writable.at(node, targets):
                 with graph.inserting_before(node):
                     graph.call_function(in_place, node.args, node.kwargs)
                 _replace_results(graph, node, targets)
-    _own_outputs(graph, kept=kept - donated)
+    _own_outputs(module, kept=kept - donated)
     return trace.replace(module=module)
 
 
@@ -65,26 +65,28 @@ class _Writable:
 def _replace_results(graph: fx.Graph, node: fx.Node, targets: list[fx.Node]) -> None:
     for user in list(node.users):
         assert user.target is operator.getitem, "an update returns a tuple"
-        user.replace_all_uses_with(targets[user.args[1]])
+        position = user.args[1]
+        assert isinstance(position, int)
+        user.replace_all_uses_with(targets[position])
         graph.erase_node(user)
     graph.erase_node(node)
 
 
-def _own_outputs(graph: fx.Graph, kept: set[int | None]) -> None:
+def _own_outputs(module: fx.GraphModule, kept: set[int | None]) -> None:
     """Copy results that are views of memory which is the caller's, or of another result."""
-    output = graph.output_node()
-    taken, results = set(kept), []
-    for result in output.args[0]:
+    output = module.graph.output_node()
+    taken, owned = set(kept), []
+    for result in results(module):
         storage = _storage(result)
         if storage in taken:
-            with graph.inserting_before(output):
-                copy = graph.call_function(torch.ops.aten.clone.default, (result,))
+            with module.graph.inserting_before(output):
+                copy = module.graph.call_function(torch.ops.aten.clone.default, (result,))
             copy.meta = {"val": result.meta["val"].clone()}
-            results.append(copy)
+            owned.append(copy)
         else:
             taken.add(storage)
-            results.append(result)
-    output.args = (results,)
+            owned.append(result)
+    output.args = (owned,)
 
 
 def _storage(node: fx.Node) -> int | None:
