@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,25 @@ def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list
     node = tracer.create_proxy("call_function", target, torch_pytree.tree_map(proxy, args), {})
     tracked: list[torch.Tensor] = track_tensor_tree(results, node, constant=None, tracer=tracer)
     return tracked
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def group_deadline() -> float:
+    """Return how many seconds a collective of the default group may wait."""
+    group = torch.distributed.group.WORLD
+    assert group is not None, "a process group has been started"
+    return group._get_backend(
+        torch.device("cuda" if "nccl" in torch.distributed.get_backend() else "cpu")
+    ).options._timeout.total_seconds()
+
+
+def set_group_deadline(group: torch.distributed.ProcessGroup, seconds: float) -> None:
+    """Set how many seconds a collective of a group may wait."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def readable(module: torch.fx.GraphModule) -> str:
@@ -114,14 +134,17 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "c10d",
+    "default_store",
     "disable_proxy_modes_tracing",
     "dispatch_modes",
     "functorch_level",
     "get_proxy_mode",
+    "group_deadline",
     "is_functorch_wrapped",
     "make_fx",
     "readable",
     "record_call",
+    "set_group_deadline",
     "standalone_compile",
     "storage_id",
     "torch_nodes",

@@ -59,8 +59,8 @@ def accumulate(f: Callable[..., Any], n: int) -> Callable[..., Any]:
         >>> gradient(torch.tensor(1.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
         (tensor(2.5000), tensor(2.5000))
     """
-    if n < 1:
-        raise BatchError(f"fz.accumulate: n must be at least 1, got {n}.")
+    if not isinstance(n, int) or n < 1:
+        raise BatchError(f"fz.accumulate: n must be a whole number of at least 1, got {n!r}.")
     whole_positions = f.differentiated if isinstance(f, ValueAndGrad) else (0,)
 
     def accumulated(*args: Any) -> Any:
@@ -241,7 +241,8 @@ def _gradient_terms(gradient: Sharded, keep_factor: bool) -> list[Tensor]:
     for piece in gradient.pieces:
         if piece is not None:
             dtype = piece.dtype if gradient.policy is None else gradient.policy.reduce
-            terms.append(piece.to(dtype) if keep_factor else (piece.to(torch.float32) * factor).to(dtype))
+            wide = torch.promote_types(piece.dtype, torch.float32)
+            terms.append(piece.to(dtype) if keep_factor else (piece.to(wide) * factor).to(dtype))
     return [*terms, factor if keep_factor else torch.ones_like(factor)]
 
 

@@ -22,9 +22,11 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import CotangentError
+from fzero.peers import together
 from fzero.primal import Opened, Reduce, is_float
 
 
+@together("fz.vjp")
 def vjp(
     f: Callable[..., Any], *primals: Any, has_aux: bool = False, reduce: Reduce = "mean"
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]] | tuple[Any, Callable[[Any], tuple[Any, ...]], Any]:
@@ -50,6 +52,7 @@ def vjp(
 
     Raises:
         CotangentError: from the pullback, for a cotangent that does not match the output.
+        DonatedError: from the pullback, once the memory of a primal was donated.
         TypeError: `f` returns no floating-point tensor.
 
     Example:
@@ -89,8 +92,12 @@ def vjp(
     output = structure["output"].fill(floats, rest[:count])
     aux = structure["aux"].fill(rest[count:], ())
 
+    expected = tree.map(_abstract, output)
+
+    @together("pullback")
     def pullback(cotangent: Any) -> tuple[Any, ...]:
-        cotangents = _check_cotangent(output, cotangent)
+        opened.check_not_donated()
+        cotangents = _check_cotangent(expected, cotangent)
         if opened.scale is not None:
             cotangents = [c * opened.scale.to(c.dtype) for c in cotangents]
         gradients: list[Tensor | None] = [None] * len(leaves)
@@ -123,6 +130,8 @@ class ValueAndGrad:
                     f"{len(args)} positional arguments."
                 )
 
+        if len(set(self.differentiated)) < len(self.differentiated):
+            raise TypeError(f"fz.value_and_grad: argnums={self.argnums} names an argument twice.")
         constants = Opened.of(args, skip=self.differentiated)
         filled = constants.close(constants.leaves())
 
@@ -181,6 +190,7 @@ def grad(
     return ValueAndGrad(f, argnums, has_aux, reduce, only_grad=True)
 
 
+@together("fz.call")
 def call(f: Callable[..., Any], *args: Any) -> Any:
     """Call `f` with every `State` and `Sharded` in the arguments gathered to full parameters.
 
@@ -217,6 +227,13 @@ def _check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
         )
     given = tree.leaves(cotangent, none_is_leaf=True)
     return [bar for out, bar in zip(expected, given, strict=True) if is_float(out)]
+
+
+def _abstract(leaf: Any) -> Any:
+    """Return what a leaf looks like, so that a pullback need not keep the output itself."""
+    return (
+        torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
+    )
 
 
 def _own(results: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:

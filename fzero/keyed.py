@@ -147,11 +147,17 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
     aten.normal.float_Tensor: lambda k, mean, std, **_: mean + std * _like(std, k, normal),
     aten.normal.Tensor_float: lambda k, mean, std=1.0, **_: mean + std * _like(mean, k, normal),
     aten.normal.Tensor_Tensor: lambda k, mean, std, **_: mean + std * _like(mean, k, normal),
+    aten.normal.float_float: lambda k, mean, std, size, dtype=None, device=None, **_: (
+        mean + std * _fresh(size, dtype, device, k, normal)
+    ),
     aten.exponential_.default: _exponential_,
     aten.randint.default: lambda k, high, size, **kw: _randint(k, 0, high, size, **kw),
     aten.randint.low: lambda k, low, high, size, **kw: _randint(k, low, high, size, **kw),
     aten.randint_like.default: lambda k, x, high, dtype=None, **_: _like(
         x, k, lambda k, o, n: _integers(k, o, n, 0, high), dtype
+    ),
+    aten.randint_like.low_dtype: lambda k, x, low, high, dtype=None, **_: _like(
+        x, k, lambda k, o, n: _integers(k, o, n, low, high), dtype
     ),
     aten.random_.to: lambda k, x, high, **_: _random_(k, x, 0, high),
     getattr(aten.random_, "from"): lambda k, x, low, high, **_: _random_(k, x, low, high),

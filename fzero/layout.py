@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,9 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import torch_pytree
 from fzero.collectives import all_gather, all_reduce, pad, reduce_scatter
-from fzero.errors import LayoutError
+from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
+from fzero.peers import together
 from fzero.policy import Policy
 
 # Leaves smaller than this many elements a rank are not worth a collective's latency.
@@ -104,7 +105,7 @@ def zero(
         split: pattern of leaf paths (`*` matches anything) to the `P` that splits such leaves.
 
     Raises:
-        LayoutError: the stage is not 0 to 3, or an axis both cuts and copies.
+        LayoutError: the stage is not 0 to 3, or an axis is named twice.
 
     Source: ZeRO, Rajbhandari et al. 2019, arXiv 1910.02054.
 
@@ -116,8 +117,8 @@ def zero(
         raise LayoutError(f"fz.zero: there is no stage {stage!r}. Use 0, 1, 2 or 3.")
     cut = (axis,) if isinstance(axis, str) else tuple(axis)
     copies = (replicate,) if isinstance(replicate, str) else tuple(replicate)
-    if both := set(cut) & set(copies):
-        raise LayoutError(f"fz.zero: {sorted(both)} both cut and replicate. Name each mesh axis once.")
+    if twice := sorted(name for name, count in Counter(cut + copies).items() if count > 1):
+        raise LayoutError(f"fz.zero: {twice} stand twice in axis={axis!r}, replicate={replicate!r}. Name each axis once.")
     return Layout(stage, cut, copies, tuple((split or {}).items()))
 
 
@@ -245,8 +246,8 @@ def shard(tree_: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None =
     paths = tree.structure_paths(treedef)
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise LayoutError(f"fz.shard: leaf {path!r} is a {type(leaf).__name__}, and only tensors can be sharded.")
-        if leaf.device.type != mesh.device.type:
+            raise LayoutError(f"fz.shard: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be sharded.")
+        if leaf.device.type != mesh.device.type and not mesh.simulated:
             raise LayoutError(
                 f"fz.shard: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
                 f"Move it with .to({mesh.device.type!r}), or make the mesh there: make_mesh({leaf.device.type!r})."
@@ -254,10 +255,13 @@ def shard(tree_: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None =
     if isinstance(layout, P):
         layout = Layout(0, (), split=(("*", layout),))
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
+    if mesh.simulated:
+        leaves = [leaf.to("meta") for leaf in leaves]
     pieces = tuple(piece_of(leaf.detach(), spec, mesh) for leaf, spec in zip(leaves, placed.specs, strict=True))
     return Sharded(pieces, placed)
 
 
+@together("fz.gather")
 def gather(sharded: Any) -> Any:
     """Return full tensors of true shapes for a `Sharded`, or for every `Sharded` in a tree.
 
@@ -265,6 +269,9 @@ def gather(sharded: Any) -> Any:
     returns the true values: leaf × factor.
     """
     nodes, treedef = tree.flatten(sharded, is_leaf=lambda x: isinstance(x, Sharded))
+    for node in nodes:
+        if isinstance(node, Sharded):
+            check_not_simulated(node, "fz.gather")
     return tree.unflatten(treedef, [_gather_node(node) for node in nodes])
 
 
@@ -278,10 +285,22 @@ def _gather_node(node: Any) -> Any:
             continue
         leaf = join(piece, spec, node.mesh)
         if node.factor is not None:
-            leaf = (leaf.to(torch.float32) * node.factor).to(leaf.dtype)
+            leaf = scaled(leaf, node.factor)
         owns_memory = node.factor is not None or node.mesh.size(spec.cut + tuple(a for a in spec.split if a)) > 1
         whole.append(leaf if owns_memory else leaf.clone())
     return tree.unflatten(node.placement.treedef, whole)
+
+
+def scaled(leaf: Tensor, factor: Tensor) -> Tensor:
+    """Return the value of a gradient leaf, multiplied in at least float32."""
+    return (leaf.to(torch.promote_types(leaf.dtype, torch.float32)) * factor).to(leaf.dtype)
+
+
+def check_not_simulated(sharded: Sharded, call: str) -> None:
+    """Raise where values are asked of a world that does not exist. Inside a trace there are none to ask."""
+    abstract = all(piece is None or piece.device.type == "meta" for piece in sharded.pieces)
+    if sharded.mesh.simulated and abstract:
+        raise MeshError(f"{call}: the mesh is simulated, so there are no values. Use fz.trace, or make a real mesh.")
 
 
 def place(
@@ -292,12 +311,14 @@ def place(
     policy: Policy | None = None,
 ) -> Placement:
     """Return the placement of parameters with these shapes; nothing is moved."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"fz.shard: expected a layout, such as fz.zero(3), got {tree.describe(layout)}.")
     mesh.size(layout.data_axes)  # every axis exists
     paths = tuple(tree.structure_paths(treedef))
     specs = []
     for path, shape in zip(paths, shapes, strict=True):
         spec = Spec(shape, layout.split_of(path))
-        _check_split(path, spec, mesh)
+        _check_split(path, spec, mesh, layout)
         specs.append(dataclasses.replace(spec, cut=_cut_axes(spec, mesh, layout.parameter_cut(policy))))
     return Placement(treedef, paths, tuple(specs), mesh, layout, policy)
 
@@ -366,7 +387,13 @@ def _cut_axes(spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return axes if spec.block_numel(mesh) >= _WHOLE_BELOW * mesh.size(axes) else ()
 
 
-def _check_split(path: str, spec: Spec, mesh: Mesh) -> None:
+def _check_split(path: str, spec: Spec, mesh: Mesh, layout: Layout) -> None:
+    named = Counter([*filter(None, spec.split), *layout.data_axes])
+    if twice := [axis for axis in spec.split if axis is not None and named[axis] > 1]:
+        raise LayoutError(
+            f"fz.shard: {spec.split} splits leaf {path!r} over {twice[0]!r}, which another dimension or the data axes "
+            f"{layout.data_axes} take already. Give each its own mesh axis."
+        )
     if len(spec.split) > len(spec.shape):
         raise LayoutError(f"fz.shard: {spec.split} names more dimensions than leaf {path!r} has: {spec.shape}.")
     for dim, axis in enumerate(spec.split):

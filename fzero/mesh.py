@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fzero._torch import set_group_deadline
 from fzero.errors import MeshError
 
 
@@ -89,8 +90,7 @@ def make_mesh(
     Args:
         device: where tensors live. Default: this process's CUDA device where there is one, else the CPU.
         simulate: a world that does not exist: states on it are abstract, `fz.trace` works, running raises.
-        deadline: seconds that a collective may wait, where this call starts the process group.
-            Default: torch's own.
+        deadline: seconds that a collective on this mesh may wait for the other ranks. Default: torch's own.
         **axes: name and size of each axis, the last one varying fastest. Default: all processes on `data`.
 
     Returns:
@@ -123,6 +123,9 @@ def make_mesh(
     if world == 1:
         return Mesh(tuple(axes.items()), place)
     processes = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if deadline is not None:
+        for group in processes.get_all_groups():
+            set_group_deadline(group, deadline)
     return Mesh(tuple(axes.items()), place, processes=processes)
 
 

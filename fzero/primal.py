@@ -17,7 +17,7 @@ from torch import Tensor
 from fzero import tree
 from fzero.errors import LayoutError
 from fzero.keyed import drawing_from
-from fzero.layout import Sharded, join, reduce_leaf
+from fzero.layout import Sharded, check_not_simulated, join, reduce_leaf, scaled
 
 Reduce = Literal["mean", "sum"]
 
@@ -90,6 +90,13 @@ class Opened:
             ],
         )
 
+    def check_not_donated(self) -> None:
+        """Raise if memory that full leaves may share was given away: a pullback would read stale numbers."""
+        for node in self.nodes:
+            for x in node.params.pieces if isinstance(node, Primal) else (node,):
+                if isinstance(x, Tensor):
+                    x.shape  # noqa: B018 - a donated tensor raises, and says to which call it went
+
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """What the function runs under: the policy's autocast, and the state's random key."""
@@ -147,13 +154,14 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
 def gathered(primal: Primal) -> list[Tensor]:
     """Return the full leaves of a primal, in its policy's compute dtype. Differentiable in the pieces."""
     params, full = primal.params, []
+    check_not_simulated(params, "fz")
     for path, piece, spec in zip(params.paths, params.pieces, params.placement.specs, strict=True):
         if piece is None:
             raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
         if params.policy is not None and piece.is_floating_point() and params.factor is None:
             piece = piece.to(params.policy.compute)
         leaf = join(piece, spec, params.mesh)
-        full.append(leaf if params.factor is None else (leaf.to(torch.float32) * params.factor).to(leaf.dtype))
+        full.append(leaf if params.factor is None else scaled(leaf, params.factor))
     return full
 
 

@@ -25,12 +25,13 @@ from fzero.accumulate import accumulate
 from fzero.autodiff import value_and_grad
 from fzero.collectives import all_reduce
 from fzero.deferred import deferred
-from fzero.errors import LayoutError, MeshError
+from fzero.errors import LayoutError
 from fzero.functional import functional
 from fzero.layout import Layout, Placement, Sharded, piece_of, place, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
 from fzero.optim.transforms import global_norm_stats
+from fzero.peers import together
 from fzero.policy import Policy
 from fzero.policy import policy as policy_of
 from fzero.primal import Primal
@@ -83,7 +84,8 @@ class State:
         return self.replace(seed=fold(self.seed, index))
 
     def __repr__(self) -> str:
-        held = sum(x.numel() * x.element_size() for x in tree.leaves(self) if type(x) is Tensor)
+        leaves = [self.step, *tree.leaves(self.params), *tree.leaves(self.moments), self.seed]
+        held = sum(x.numel() * x.element_size() for x in leaves if type(x) is Tensor)  # what was donated holds none
         elements = sum(math.prod(shape) for shape in self.params.shapes)
         return (
             f"State({len(self.params.paths)} leaves, {elements:,} parameters, ZeRO-{self.layout.stage} over "
@@ -147,6 +149,7 @@ def init(
     )
 
 
+@together("fz.apply_gradients")
 def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> tuple[State, dict[str, Any]]:
     """Update a state by its gradients.
 
@@ -287,12 +290,6 @@ def _pieces(placed: Placement, dtypes: Sequence[torch.dtype], leaf: Callable[[in
         else:
             pieces.append(piece_of(leaf(i), spec, mesh).to(stored))
     return Sharded(tuple(pieces), placed)
-
-
-def check_not_simulated(mesh: Mesh, call: str) -> None:
-    """Raise where something is to run on a world that does not exist."""
-    if mesh.simulated:
-        raise MeshError(f"{call}: the mesh is simulated, so nothing can run on it. Use fz.trace, or a real mesh.")
 
 
 _STATIC = ("optimizer", "policy", "layout")

@@ -17,6 +17,7 @@ import optree
 from torch import Tensor
 
 from fzero._torch import torch_nodes
+from fzero.errors import TreeError
 
 NAMESPACE = "fzero"
 
@@ -97,7 +98,7 @@ def map(
         none_is_leaf: pass `None` to `f` instead of keeping it.
 
     Raises:
-        ValueError: a tree of `rest` does not fit; the message names the path.
+        TreeError: a tree of `rest` does not fit; the message names the path.
 
     Example:
         >>> map(lambda x, y: x + y, {"a": 1, "b": 2}, {"a": 10, "b": 20})
@@ -107,7 +108,11 @@ def map(
     others = []
     for other in rest:
         flatten(other)  # opens classes that are new
-        others.append(treedef.flatten_up_to(other))
+        try:
+            others.append(treedef.flatten_up_to(other))
+        except ValueError as error:
+            where = optree.prefix_errors(tree, other, is_leaf=is_leaf, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
+            raise TreeError(str(where[0]("fz.tree.map: tree"))) from error
     return unflatten(treedef, [f(*row) for row in zip(first, *others, strict=True)])
 
 
@@ -199,11 +204,19 @@ def differences(
         elif path not in left:
             lines.append(f"{name}: expected nothing, got {describe(right[path])}")
         elif not same(left[path], right[path]):
-            lines.append(f"{name}: expected {describe(left[path])}, got {describe(right[path])}")
+            want, came = _told_apart(left[path], right[path])
+            lines.append(f"{name}: expected {want}, got {came}")
     a, b = structure(expected, none_is_leaf=True), structure(got, none_is_leaf=True)
     if not lines and a != b:
         lines.append(f"(the whole): expected the structure {a}, got {b}")
     return lines
+
+
+def _told_apart(a: Any, b: Any) -> tuple[str, str]:
+    """Describe two leaves that differ, with their devices where nothing else tells them apart."""
+    if describe(a) == describe(b) and isinstance(a, Tensor) and isinstance(b, Tensor):
+        return f"{describe(a)} on {a.device}", f"{describe(b)} on {b.device}"
+    return describe(a), describe(b)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fzero"
 ORDER = [
     "tree",
     "mesh",
+    "peers",
     "policy",
     "collectives",
     "layout",

@@ -118,6 +118,11 @@ def raises(
     raise AssertionError(f"{function.__qualname__} on {size} ranks: no rank raised {expected.__name__}")
 
 
+def fresh() -> None:
+    """Give the next case a new process group: for cases that leave theirs unusable."""
+    _pool.group = None
+
+
 def close() -> None:
     """End the processes. The next case starts new ones."""
     _pool.close()

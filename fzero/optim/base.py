@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.errors import TreeError
+from fzero.errors import LayoutError, TreeError
 from fzero.layout import Sharded, Spec, join_block, own_piece, place, zero
 from fzero.mesh import Mesh
 from fzero.random import bits, fold, remix, round_stochastic, shift_right, signed, step_keys
@@ -51,14 +51,10 @@ class Optimizer(ABC):
 
         Raises:
             TreeError: gradients and parameters do not pair.
+            LayoutError: they pair, and the gradients are not cut as the moments are.
         """
+        _check_pair(grads, params)
         lifted, lifted_grads = _lift(params), _lift(grads, like=params)
-        if lifted.paths != lifted_grads.paths or lifted.shapes != lifted_grads.shapes:
-            lines = tree.differences(
-                dict(zip(lifted.paths, lifted.shapes, strict=True)),
-                dict(zip(lifted_grads.paths, lifted_grads.shapes, strict=True)),
-            )
-            raise TreeError("update: gradients do not pair with parameters:\n  " + "\n  ".join(lines))
         new, opt_state = self.update_sharded(lifted_grads, opt_state, lifted, step=step, seed=seed)
         return (new if isinstance(params, Sharded) else _lower(new)), opt_state
 
@@ -233,6 +229,35 @@ def _leaves(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> l
 
 def _split_axes(spec: Spec) -> tuple[str, ...]:
     return tuple(axis for axis in spec.split if axis is not None)
+
+
+def _check_pair(grads: Any, params: Any) -> None:
+    """Raise if gradients are not those of these parameters."""
+    expected, got = _shapes(params), _shapes(grads)
+    lines = [
+        f"{path or '(the whole)'}: expected {expected.get(path, 'nothing')}, got {got.get(path, 'nothing')}"
+        for path in dict.fromkeys([*expected, *got])
+        if path not in expected or path not in got or got[path] not in ("None", expected[path])
+    ]
+    if lines or isinstance(grads, Sharded) != isinstance(params, Sharded):
+        lines = lines or [f"expected a {type(params).__name__}, got a {type(grads).__name__}"]
+        raise TreeError("update: gradients do not pair with parameters:\n  " + "\n  ".join(lines))
+    if isinstance(params, Sharded):
+        placement = params.placement.cut_over(params.layout.gradient_cut)
+        for path, spec, other in zip(params.paths, placement.specs, grads.placement.specs, strict=True):
+            if spec != other:
+                raise LayoutError(
+                    f"update: the gradient of leaf {path!r} is cut over {other.cut}, and its moments over {spec.cut}. "
+                    f"Take the gradient with respect to the state that it updates."
+                )
+
+
+def _shapes(tree_: Any) -> dict[str, str]:
+    if isinstance(tree_, Sharded):
+        return {path: f"shape {shape}" for path, shape in zip(tree_.paths, tree_.shapes, strict=True)}
+    leaves = tree.leaves(tree_, none_is_leaf=True)
+    shapes = [f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else tree.describe(leaf) for leaf in leaves]
+    return dict(zip(tree.paths(tree_, none_is_leaf=True), shapes, strict=True))
 
 
 def _lift(tree_: Any, *, like: Any = None) -> Sharded:

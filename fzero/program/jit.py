@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import get_proxy_mode, is_functorch_wrapped
+from fzero._torch import FakeTensorMode, get_proxy_mode, is_functorch_wrapped
 from fzero.errors import MeshError
 from fzero.layout import Sharded
+from fzero.peers import together
 from fzero.program import donation
 from fzero.program.lower import lower_graph
-from fzero.program.passes import PASSES
+from fzero.program.passes.dead import dead
+from fzero.program.passes.donate import donate as donate_memory
 from fzero.program.program import Program
 from fzero.program.trace import trace_flat
+
+# In this order: memory can be overwritten where nobody reads it later, so what nobody uses goes first.
+PASSES = (dead, donate_memory)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +57,11 @@ class Jitted:
         signature, leaves = self._open(args, kwargs)
         if get_proxy_mode() is not None or any(is_functorch_wrapped(x) for x in leaves):
             return self.f(*args, **kwargs)  # inside a trace or a transform it is part of that
-        _check_real(args, kwargs)
+        if signature.simulated_on is not None:
+            raise MeshError(
+                f"fz.jit: {self.name} got a state of a simulated mesh, on which nothing can run. Look at its program "
+                f"with fz.trace, or make a real mesh."
+            )
         self.calls += 1
         call = f"{self.name} (call {self.calls})"
         if self.donate:
@@ -61,12 +70,13 @@ class Jitted:
             # overwritten them, and a state that is sometimes there would be a trap.
             for i in signature.donated:
                 leaves[i] = donation.take(leaves[i], call)
-        program = self._programs.get(signature.key)
-        if program is None:
-            program = self._program(signature, leaves)
-            self._programs[signature.key] = program
-        self._last = signature
-        return program(leaves)
+        with together(call):
+            program = self._programs.get(signature.key)
+            if program is None:
+                program = self._program(signature, leaves)
+                self._programs[signature.key] = program
+            self._last = signature
+            return program(leaves)
 
     def trace(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program for these arguments without running it."""
@@ -78,7 +88,9 @@ class Jitted:
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        return _Signature(hollow, leaves, self._positions(args), self.name), leaves
+        signature = _Signature(hollow, leaves, self._positions(args), self.name)
+        signature.simulated_on = _simulated_on(args, kwargs)
+        return signature, leaves
 
     def _positions(self, args: tuple[Any, ...]) -> frozenset[int]:
         counts = [len(tree.split(a)[0]) if i <= max(self.donate, default=-1) else 0 for i, a in enumerate(args)]
@@ -89,7 +101,8 @@ class Jitted:
         cause = "first call" if self._last is None else signature.changes(self._last)
         log = logger.info if self._last is None else logger.warning
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
-        trace = trace_flat(self.f, leaves, signature.hollow, paths=signature.paths, donated=signature.donated)
+        examples = _on_device(leaves, signature.simulated_on)
+        trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
         for run_pass in PASSES:
             trace = run_pass(trace)
         return Program(self.name, trace, lower_graph(trace.module), cause)
@@ -101,6 +114,7 @@ class _Signature:
     def __init__(self, hollow: tree.Hollow, leaves: Sequence[Tensor], donated: frozenset[int], name: str):
         self.hollow = hollow
         self.donated = donated
+        self.simulated_on: torch.device | None = None
         metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
         self.key = (hollow.treedef, hollow.slots, metas, torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
         try:
@@ -191,10 +205,18 @@ def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
     return jitted.trace
 
 
-def _check_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for node in tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Sharded)):
-        if isinstance(node, Sharded) and node.mesh.simulated:
-            raise MeshError("fz.jit: the mesh is simulated, so nothing can run on it. Use fz.trace, or a real mesh.")
+def _simulated_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """Return the device of a simulated mesh among the arguments, `None` if there is none."""
+    nodes = tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Sharded))
+    return next((n.mesh.device for n in nodes if isinstance(n, Sharded) and n.mesh.simulated), None)
+
+
+def _on_device(leaves: Sequence[Tensor], device: torch.device | None) -> Sequence[Tensor]:
+    """Return tensors that look like `leaves`, with those on the meta device on `device`. Nothing is allocated."""
+    if device is None:
+        return leaves
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
 
 
 def _short(path: str) -> str:
