@@ -76,6 +76,8 @@ def vjp(
             raise TypeError(f"fz.vjp: with has_aux=True f must return (output, aux), and it returned {type(result)}.")
         output, aux = result if has_aux else (result, None)
         floats, others, out_rest = tree.split(output, is_float)
+        if not floats:
+            raise TypeError("fz.vjp: f returned no floating-point tensor, so there is nothing to differentiate.")
         extra, _, aux_rest = tree.split(aux)
         structure.update(output=out_rest, aux=aux_rest)
         return tuple(floats), (*others, *extra)
@@ -85,8 +87,6 @@ def vjp(
         floats, pull, rest = traced
     else:
         (floats, rest), pull = on_differentiable(), lambda _: ()
-    if not floats:
-        raise TypeError("fz.vjp: f returned no floating-point tensor, so there is nothing to differentiate.")
     floats, rest = _own(floats, leaves), _own(rest, leaves)
     count = structure["output"].slots.count(tree.OTHER)
     output = structure["output"].fill(floats, rest[:count])

@@ -118,7 +118,9 @@ def zero(
     cut = (axis,) if isinstance(axis, str) else tuple(axis)
     copies = (replicate,) if isinstance(replicate, str) else tuple(replicate)
     if twice := sorted(name for name, count in Counter(cut + copies).items() if count > 1):
-        raise LayoutError(f"fz.zero: {twice} stand twice in axis={axis!r}, replicate={replicate!r}. Name each axis once.")
+        raise LayoutError(
+            f"fz.zero: {twice} stand twice in axis={axis!r}, replicate={replicate!r}. Name each axis once."
+        )
     return Layout(stage, cut, copies, tuple((split or {}).items()))
 
 
@@ -341,11 +343,12 @@ def join_block(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     return flat if flat.shape[0] == numel else flat[:numel]
 
 
-def piece_of(leaf: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Return this rank's piece of a leaf that every rank has whole; a copy."""
-    flat = block_of(leaf, spec, mesh)
-    piece = own_piece(flat, spec, mesh)
-    return piece.clone() if mesh.size(spec.cut) == 1 else piece
+def piece_of(leaf: Tensor, spec: Spec, mesh: Mesh, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return this rank's piece of a leaf that every rank has whole, as `dtype`: a copy, and the only one made."""
+    flat, numel = block_of(leaf, spec, mesh), spec.piece_numel(mesh)
+    start = min(mesh.index(spec.cut) * numel, flat.shape[0])
+    part = flat[start : start + numel].to(dtype or leaf.dtype, copy=True)
+    return pad(part, numel)
 
 
 def block_of(leaf: Tensor, spec: Spec, mesh: Mesh) -> Tensor:

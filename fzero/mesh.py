@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -122,11 +124,18 @@ def make_mesh(
         )
     if world == 1:
         return Mesh(tuple(axes.items()), place)
-    processes = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    if deadline is not None:
-        for group in processes.get_all_groups():
-            set_group_deadline(group, deadline)
-    return Mesh(tuple(axes.items()), place, processes=processes)
+    made = _made.setdefault(dist.group.WORLD, {})
+    key = (place.type, deadline, *axes.items())
+    if key not in made:
+        made[key] = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        if deadline is not None:
+            for group in made[key].get_all_groups():
+                set_group_deadline(group, deadline)
+    return Mesh(tuple(axes.items()), place, processes=made[key])
+
+
+# The meshes of each world, so that a second one of the same axes starts no second set of process groups.
+_made: WeakKeyDictionary[Any, dict[tuple[Any, ...], DeviceMesh]] = WeakKeyDictionary()
 
 
 def _start(device: str | torch.device | None, deadline: float | None) -> torch.device:

@@ -288,7 +288,7 @@ def _pieces(placed: Placement, dtypes: Sequence[torch.dtype], leaf: Callable[[in
         if mesh.simulated:
             pieces.append(torch.empty(spec.piece_numel(mesh), dtype=stored, device="meta"))
         else:
-            pieces.append(piece_of(leaf(i), spec, mesh).to(stored))
+            pieces.append(piece_of(leaf(i), spec, mesh, dtype=stored))
     return Sharded(tuple(pieces), placed)
 
 

@@ -184,7 +184,7 @@ def assert_close(actual: Any, expected: Any) -> None:
     left, right = flat(actual), flat(expected)
     assert left.keys() == right.keys()
     for path, value in right.items():
-        torch.testing.assert_close(left[path], value, rtol=2e-6, atol=2e-6, msg=lambda text, p=path: f"{p}: {text}")
+        torch.testing.assert_close(left[path], value, rtol=2e-6, atol=2e-6, msg=f"{path} differs")
 
 
 @pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
