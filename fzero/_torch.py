@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 # True for a tensor that a torch.func transform (vjp, jvp, vmap) has wrapped.
 is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
+# The tensor below the wrapper of a torch.func transform that has ended, once; any other tensor as it is.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
 # Functional collectives: dispatcher ops that return a tensor to wait for, and so can be traced.
 c10d = torch.ops._c10d_functional
 
@@ -151,5 +154,6 @@ __all__ = [
     "torch_pytree",
     "track_tensor_tree",
     "trunc_normal_replaced",
+    "unwrap_if_dead",
     "unwrapped",
 ]

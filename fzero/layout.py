@@ -45,6 +45,9 @@ class P(tuple[str | None, ...]):
     def __new__(cls, *axes: str | None) -> P:
         return super().__new__(cls, axes)
 
+    def __getnewargs__(self) -> tuple[str | None, ...]:  # for pickle and copy, which would pass one tuple
+        return tuple(self)
+
     def __repr__(self) -> str:
         return f"P({', '.join(map(repr, self))})"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fzero import tree
-from fzero._torch import functorch_level, is_functorch_wrapped
+from fzero._torch import functorch_level, is_functorch_wrapped, unwrap_if_dead
 from fzero.errors import TraceError
 from fzero.keyed import current_draw, drawing_from
 from fzero.primal import is_float
@@ -90,7 +90,9 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        # A pullback runs after its transform has ended, and torch can use a tensor that one such transform
+        # wraps, not one wrapped twice: that comes of a nested recomputation, and of a second derivative.
+        tensors = [unwrap_if_dead(tensor) for tensor in ctx.saved_tensors]
         where = [i for i, tensor in enumerate(tensors) if is_float(tensor)]
 
         def on_floats(*floats: Tensor) -> tuple[Tensor, ...]:
@@ -105,12 +107,16 @@ class _Remat(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         where = [i for i, tangent in enumerate(tangents) if tangent is not None and is_float(tensors[i])]
-        result: Any = torch.func.jvp(
-            lambda *floats: tuple(x for x in ctx.run(*_filled(tensors, where, floats)) if is_float(x)),
-            tuple(tensors[i] for i in where),
-            tuple(tangents[i] for i in where),
-        )
-        return tuple(result[1])
+        floating: list[bool] = []
+
+        def on_floats(*floats: Tensor) -> tuple[Tensor, ...]:
+            outputs = ctx.run(*_filled(tensors, where, floats))
+            floating[:] = [is_float(x) for x in outputs]
+            return tuple(x for x in outputs if is_float(x))
+
+        result: Any = torch.func.jvp(on_floats, tuple(tensors[i] for i in where), tuple(tangents[i] for i in where))
+        rest = iter(result[1])
+        return tuple(next(rest) if is_one else None for is_one in floating)
 
 
 class _Holder(nn.Module):

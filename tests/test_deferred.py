@@ -308,7 +308,7 @@ def test_peak_is_the_largest_leaf(factory, leaves):
 
 
 def test_truncated_normal_needs_no_copies_of_the_leaf(monkeypatch):
-    monkeypatch.setattr("fzero.deferred._CHUNK", 4096)
+    monkeypatch.setattr("fzero.recording._CHUNK", 4096)
     with LiveBytes() as memory:
         model = deferred(linear(lambda w: nn.init.trunc_normal_(w, std=0.02)))
         assert memory.peak < 1000

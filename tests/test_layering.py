@@ -21,6 +21,8 @@ ORDER = [
     "layout",
     "random",
     "keyed",
+    "replay",
+    "recording",
     "deferred",
     "functional",
     "kernels",
@@ -131,7 +133,7 @@ def test_init_holds_names_only(file):
         ("from .base import chain", "optim/adamw.py", 0),
         ("from ..state import State", "optim/adamw.py", 1),
         ("def f():\n    from fzero.state import State", "optim/adamw.py", 1),
-        ("from fzero.functional import apply", "deferred.py", 0),
+        ("from fzero.functional import apply", "deferred.py", 1),
         ("from fzero.tree import map", "errors.py", 1),
     ],
 )

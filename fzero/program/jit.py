@@ -116,7 +116,8 @@ class _Signature:
         self.donated = donated
         self.simulated_on: torch.device | None = None
         metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
-        self.key = (hollow.treedef, hollow.slots, metas, torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
+        constants = tuple(_constant(slot) for slot in hollow.slots)
+        self.key = (hollow.treedef, constants, metas, torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
         try:
             hash(self.key)
         except TypeError as error:
@@ -217,6 +218,11 @@ def _on_device(leaves: Sequence[Tensor], device: torch.device | None) -> Sequenc
         return leaves
     with FakeTensorMode(allow_non_fake_inputs=True):
         return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
+
+
+def _constant(value: Any) -> Any:
+    """Return what tells constants apart that Python takes for equal, 1 and 1.0 or 0.0 and -0.0; one NaN is another."""
+    return type(value), value.hex() if isinstance(value, float) else value
 
 
 def _short(path: str) -> str:
