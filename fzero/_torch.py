@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -29,8 +34,12 @@ unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 c10d = torch.ops._c10d_functional
 
 
-# What a fake tensor raises where a value is asked for.
-DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (DataDependentOutputException, GuardOnDataDependentSymNode)
+# What a fake tensor raises where a value is asked for, or a shape that depends on values.
+DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
 
 
 def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list[torch.Tensor]) -> list[torch.Tensor]:

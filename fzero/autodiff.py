@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,11 +25,31 @@ from fzero.errors import CotangentError
 from fzero.peers import together
 from fzero.primal import Opened, Reduce, is_float
 
+Pullback = Callable[[Any], tuple[Any, ...]]
+
+
+@overload
+def vjp(
+    f: Callable[..., Any], *primals: Any, has_aux: Literal[False] = False, reduce: Reduce = "mean"
+) -> tuple[Any, Pullback]: ...
+
+
+@overload
+def vjp(
+    f: Callable[..., Any], *primals: Any, has_aux: Literal[True], reduce: Reduce = "mean"
+) -> tuple[Any, Pullback, Any]: ...
+
+
+@overload
+def vjp(
+    f: Callable[..., Any], *primals: Any, has_aux: bool, reduce: Reduce = "mean"
+) -> tuple[Any, Pullback] | tuple[Any, Pullback, Any]: ...
+
 
 @together("fz.vjp")
 def vjp(
     f: Callable[..., Any], *primals: Any, has_aux: bool = False, reduce: Reduce = "mean"
-) -> tuple[Any, Callable[[Any], tuple[Any, ...]]] | tuple[Any, Callable[[Any], tuple[Any, ...]], Any]:
+) -> tuple[Any, Pullback] | tuple[Any, Pullback, Any]:
     """Evaluate `f(*primals)` and return its output with its pullback.
 
     Args:

@@ -247,6 +247,8 @@ def shard(tree_: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None =
         >>> gather(pieces)["w"].shape
         torch.Size([2, 3])
     """
+    if isinstance(tree_, Sharded):
+        raise LayoutError("fz.shard: got a Sharded, which is cut already. Pass full tensors: fz.gather(...).")
     leaves, treedef = tree.flatten(tree_)
     paths = tree.structure_paths(treedef)
     for path, leaf in zip(paths, leaves, strict=True):

@@ -14,7 +14,7 @@ import torch
 from fzero.errors import PolicyError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Policy:
     """Dtypes of storage, compute, reduction and moments, and the rounding of what is written back.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fzero import tree
+from fzero._torch import is_functorch_wrapped
 from fzero.errors import LayoutError
 from fzero.keyed import drawing_from
 from fzero.layout import Sharded, check_not_simulated, join, reduce_leaf, scaled
@@ -148,7 +149,12 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
         pieces.append(reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype))
     count = mesh.size(axes) if reduce == "mean" else 1
     factor = torch.tensor(1.0 / count, dtype=torch.float32, device=mesh.device)
-    return Sharded(tuple(pieces), placement, factor if scale is None else factor / scale)
+    factor = factor if scale is None else factor / scale
+    if any(piece is not None and is_functorch_wrapped(piece) for piece in pieces):
+        # An outer jvp or vmap takes this tree apart: a constant factor would come out with a tangent of zero,
+        # and the tangent of leaf × factor would be lost. So the leaves hold true values.
+        return Sharded(tuple(None if piece is None else scaled(piece, factor) for piece in pieces), placement)
+    return Sharded(tuple(pieces), placement, factor)
 
 
 def gathered(primal: Primal) -> list[Tensor]:

@@ -129,6 +129,10 @@ def init(
         raise TypeError(
             f"fz.init: optimizer must be an fz optimizer, got {tree.describe(optimizer)}. Try fz.adamw(lr)."
         )
+    if isinstance(params, Sharded | State):
+        raise TypeError(
+            f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
+        )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
     if isinstance(params, nn.Module):
         params = functional(params)[1]

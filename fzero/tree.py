@@ -161,7 +161,7 @@ def split(tree: Any, select: Callable[[Tensor], bool] = lambda _: True) -> tuple
         >>> import torch
         >>> picked, _, hollow = split({"x": torch.tensor(1), "name": "a"})
         >>> hollow.fill([7])
-        {'name': 'a', 'x': 7}
+        {'x': 7, 'name': 'a'}
     """
     leaves, treedef = flatten(tree)
     slots = [leaf if not isinstance(leaf, Tensor) else PICKED if select(leaf) else OTHER for leaf in leaves]

@@ -52,7 +52,7 @@ def global_norm_stats(grads: Sharded) -> GlobalNormStats:
         if piece is not None:
             finite = torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0)
             square = torch.linalg.vector_norm(finite, dtype=torch.float32).square()
-            bad = (~torch.isfinite(piece)).sum().to(torch.float32)
+            bad = (piece * 0).sum().isnan().to(torch.float32)  # inf × 0 is NaN; several times faster than isfinite
             sums.setdefault(_axes(spec), []).append(torch.stack([square, bad]))
     total = torch.zeros(2, device=mesh.device)
     for axes, parts in sums.items():

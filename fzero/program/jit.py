@@ -117,7 +117,7 @@ class _Signature:
         self.simulated_on: torch.device | None = None
         metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
         constants = tuple(_constant(slot) for slot in hollow.slots)
-        self.key = (hollow.treedef, constants, metas, torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
+        self.key = (hollow.treedef, constants, metas, *_ambient())
         try:
             hash(self.key)
         except TypeError as error:
@@ -218,6 +218,12 @@ def _on_device(leaves: Sequence[Tensor], device: torch.device | None) -> Sequenc
         return leaves
     with FakeTensorMode(allow_non_fake_inputs=True):
         return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
+
+
+def _ambient() -> tuple[Any, ...]:
+    """Return what else decides what an operation means: autocast, and the dtype of new tensors."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (*autocast, torch.get_default_dtype())
 
 
 def _constant(value: Any) -> Any:

@@ -1,0 +1,151 @@
+"""The pass `donate`: updates in place where that is safe and nowhere else, and outputs that own their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fzero.kernels import adamw, adamw_scalars
+from fzero.program.lower import lower_graph
+from fzero.program.passes.dead import dead
+from fzero.program.passes.donate import donate
+from fzero.program.trace import Trace
+from tests.small import assert_same_bits, copied, int32
+from tests.test_program_trace import targets, traced
+
+P, M, V, G = (torch.linspace(k, k + 1.0, 8) for k in range(4))
+KEYS = torch.zeros(2, dtype=torch.int32)
+SCALARS = adamw_scalars(int32(0), lr=0.1, b1=0.9, b2=0.999, weight_decay=0.1)
+STATE = frozenset({0, 1, 2})
+
+
+def update(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return adamw(p, m, v, g, SCALARS, KEYS, KEYS[0], b1=0.9, b2=0.999, eps=1e-8, stochastic=False)
+
+
+def read_before(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    total = (p + m).sum()
+    return *update(p, m, v, g), total
+
+
+def read_after(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    new = update(p, m, v, g)
+    return *new, new[0] - p
+
+
+def read_after_through_a_view(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    half = m[4:]
+    new = update(p, m, v, g)
+    return *new, half.exp()
+
+
+def old_is_returned(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return *update(p, m, v, g), p
+
+
+def view_of_old_is_returned(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return *update(p, m, v, g), v[2:]
+
+
+def own_memory(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return update(p * 2, m * 2, v * 2, g)
+
+
+def one_memory_twice(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return update(p, m, m, g)
+
+
+def two_updates(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return update(*update(p, m, v, g), g)
+
+
+def view_of_the_new_between_two_updates(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    first = update(p, m, v, g)
+    view = first[0][2:]
+    return *update(*first, g), view.exp()
+
+
+def the_new_between_two_updates(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    first = update(p, m, v, g)
+    return *update(*first, g), first[0]
+
+
+def new_read_twice(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    new = update(p, m, v, g)
+    return *new, new[0][2:], new[0].exp(), new[0]
+
+
+# What is donated, and how many updates can be in place, how many not.
+CASES: dict[str, tuple[Callable[..., Any], frozenset[int], int, int]] = {
+    "all donated": (update, STATE, 1, 0),
+    "nothing donated": (update, frozenset(), 0, 1),
+    "a moment is kept": (update, frozenset({0, 1}), 0, 1),
+    "read before": (read_before, STATE, 1, 0),
+    "read after": (read_after, STATE, 0, 1),
+    "a view read after": (read_after_through_a_view, STATE, 0, 1),
+    "the old is returned": (old_is_returned, STATE, 0, 1),
+    "a view of the old is returned": (view_of_old_is_returned, STATE, 0, 1),
+    "memory of the program's own": (own_memory, frozenset(), 1, 0),
+    "one memory twice": (one_memory_twice, STATE, 0, 1),
+    "two updates": (two_updates, STATE, 2, 0),
+    "two updates, nothing donated": (two_updates, frozenset(), 1, 1),
+    "a view of the new is read between": (view_of_the_new_between_two_updates, STATE, 1, 1),
+    "the new is returned from between": (the_new_between_two_updates, STATE, 1, 1),
+    "the new is read and returned twice": (new_read_twice, STATE, 1, 0),
+}
+every_case = pytest.mark.parametrize(("f", "donated", "in_place", "plain"), CASES.values(), ids=CASES.keys())
+
+
+def passed(f: Callable[..., Any], donated: frozenset[int]) -> Trace:
+    return donate(dead(traced(f, P, M, V, G, donated=donated)))
+
+
+@every_case
+def test_updates_are_in_place_where_that_is_safe(
+    f: Callable[..., Any], donated: frozenset[int], in_place: int, plain: int
+) -> None:
+    found = targets(passed(f, donated).module)
+    assert found.count("fzero.adamw_.default") == in_place
+    assert found.count("fzero.adamw.default") == plain
+
+
+@every_case
+def test_results_are_those_of_the_function_and_what_is_kept_stays(
+    f: Callable[..., Any], donated: frozenset[int], in_place: int, plain: int
+) -> None:
+    trace, inputs = passed(f, donated), [x.clone() for x in (P, M, V, G)]
+    kept = [x for i, x in enumerate(inputs) if i not in donated]
+    kept_before = copied(kept)
+    results = lower_graph(trace.module)(list(inputs))
+    assert_same_bits(results, list(f(P.clone(), M.clone(), V.clone(), G.clone())))
+    assert_same_bits(kept, kept_before)
+    owners = [x.untyped_storage().data_ptr() for x in (*results, *kept)]
+    assert len(set(owners)) == len(owners), "no result shares memory with another or with what is kept"
+
+
+@every_case
+def test_the_pass_is_pure_and_deterministic(
+    f: Callable[..., Any], donated: frozenset[int], in_place: int, plain: int
+) -> None:
+    trace = dead(traced(f, P, M, V, G, donated=donated))
+    before = str(trace.module.graph)
+    once, again = donate(trace), donate(trace)
+    assert str(trace.module.graph) == before
+    assert str(once.module.graph) == str(again.module.graph)
+
+
+def test_new_values_lie_in_donated_memory() -> None:
+    inputs = [x.clone() for x in (P, M, V, G)]
+    addresses = [x.data_ptr() for x in inputs]
+    results = lower_graph(passed(update, STATE).module)(list(inputs))
+    assert [x.data_ptr() for x in results] == addresses[:3]
+
+
+def test_a_donated_input_is_returned_without_a_copy_and_a_kept_one_with() -> None:
+    for donated, copies in ((frozenset({0}), 0), (frozenset[int](), 1)):
+        trace = donate(traced(lambda x: x, P, donated=donated))
+        assert targets(trace.module).count("aten.clone.default") == copies
