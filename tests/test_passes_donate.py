@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.kernels import adamw, adamw_scalars
+from fzero.kernels.adamw import adamw, adamw_scalars
 from fzero.program.lower import lower_graph
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate

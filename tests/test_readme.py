@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from state_bytes import table, weigh
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MARK = re.compile(r"<!-- state-bytes -->\n(.*?)\n<!-- /state-bytes -->", re.DOTALL)
 
 
-def test_the_program_runs(capsys):
+def test_the_program_runs():
     scope: dict[str, object] = {"__name__": "readme"}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), scope)
@@ -20,11 +20,7 @@ def test_the_program_runs(capsys):
     assert isinstance(metrics, dict) and float(metrics["loss"]) < 5.0, "it learns the 26 letters of its 256 tokens"
 
 
-def test_the_table_is_the_measured_one(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "state_bytes", raising=False)
-    from state_bytes import table, weigh
-
+def test_the_table_is_the_measured_one():
     rows = json.loads((ROOT / "benchmarks" / "results" / "state-bytes.json").read_text())["rows"]
     found = MARK.search(README)
     assert found is not None and found[1] == table(rows)
