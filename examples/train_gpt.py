@@ -2,7 +2,7 @@
 
     python examples/train_gpt.py                                   # on Python's own source, in some two minutes
     python examples/train_gpt.py --data a.txt b.txt --model medium --policy mixed --steps 5000
-    torchrun --nproc-per-node 2 examples/train_gpt.py --zero 1     # 1, 2 and 3 give the same losses, bit for bit
+    torchrun --nproc-per-node 2 examples/train_gpt.py --zero 1     # every --zero gives the same losses, bit for bit
 
 The model is an ordinary module; the loss is an ordinary function of full parameters and one rank's batch.
 Precision and layout are arguments of `fz.init`, and the rest of the script does not know them.

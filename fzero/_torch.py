@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -80,6 +81,11 @@ def group_deadline() -> float:
 def set_group_deadline(group: torch.distributed.ProcessGroup, seconds: float) -> None:
     """Set how many seconds a collective of a group may wait."""
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def release_groups(mesh: DeviceMesh) -> None:
+    """Let go of the process groups that a mesh keeps alive. It finds them by name while they exist."""
+    getattr(mesh, "_pg_registry", {}).clear()
 
 
 def readable(module: torch.fx.GraphModule) -> str:
@@ -156,6 +162,7 @@ __all__ = [
     "make_fx",
     "readable",
     "record_call",
+    "release_groups",
     "set_group_deadline",
     "standalone_compile",
     "storage_id",

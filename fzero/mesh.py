@@ -6,20 +6,21 @@ and every collective is the identity. A simulated mesh has any size, and no proc
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fzero._torch import set_group_deadline
+from fzero._torch import release_groups, set_group_deadline
 from fzero.errors import MeshError
 
 
@@ -124,18 +125,19 @@ def make_mesh(
         )
     if world == 1:
         return Mesh(tuple(axes.items()), place)
-    made = _made.setdefault(dist.group.WORLD, {})
+    made = _made.setdefault(dist.group.WORLD, WeakValueDictionary())
     key = (place.type, deadline, *axes.items())
-    if key not in made:
-        made[key] = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    processes = made.get(key)
+    if processes is None:
+        processes = made[key] = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         if deadline is not None:
-            for group in made[key].get_all_groups():
+            for group in processes.get_all_groups():
                 set_group_deadline(group, deadline)
-    return Mesh(tuple(axes.items()), place, processes=made[key])
+    return Mesh(tuple(axes.items()), place, processes=processes)
 
 
-# The meshes of each world, so that a second one of the same axes starts no second set of process groups.
-_made: WeakKeyDictionary[Any, dict[tuple[Any, ...], DeviceMesh]] = WeakKeyDictionary()
+# The meshes in use in each world, so that a second one of the same axes starts no second set of process groups.
+_made: WeakKeyDictionary[Any, WeakValueDictionary[Any, DeviceMesh]] = WeakKeyDictionary()
 
 
 def _start(device: str | torch.device | None, deadline: float | None) -> torch.device:
@@ -152,4 +154,15 @@ def _start(device: str | torch.device | None, deadline: float | None) -> torch.d
             backend="nccl" if place.type == "cuda" else "gloo",
             timeout=None if deadline is None else timedelta(seconds=deadline),
         )
+        if place.type == "cpu":
+            atexit.register(_leave)
     return place
+
+
+def _leave() -> None:
+    """End gloo's threads before the interpreter ends: one that comes back later aborts the process."""
+    for made in list(_made.values()):
+        for processes in list(made.values()):
+            release_groups(processes)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -30,7 +30,7 @@ from fzero.functional import functional
 from fzero.layout import Layout, Placement, Sharded, piece_of, place, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
-from fzero.optim.transforms import global_norm_stats
+from fzero.optim.transforms import global_norm
 from fzero.peers import together
 from fzero.policy import Policy
 from fzero.policy import policy as policy_of
@@ -180,16 +180,16 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
             f"fz.apply_gradients: expected the gradients of a State, got {tree.describe(grads)}. Take them with the "
             f"State as primal: fz.value_and_grad(loss)(state, batch)."
         )
-    stats = global_norm_stats(grads)
+    norm, finite = global_norm(grads)
     advance = torch.ones_like(state.step)
     if skip == "step":
         factor = torch.ones((), device=state.mesh.device) if grads.factor is None else grads.factor
-        grads = grads.replace(factor=torch.where(stats.finite, factor, torch.nan))
-        advance = stats.finite.to(state.step.dtype)
+        grads = grads.replace(factor=torch.where(finite, factor, torch.nan))
+        advance = finite.to(state.step.dtype)
     params, moments = state.optimizer.update(grads, state.moments, state.params, step=state.step, seed=state.seed)
     info = {
-        "grad_norm": stats.norm,
-        "finite": stats.finite,
+        "grad_norm": norm,
+        "finite": finite,
         "lr": state.optimizer.learning_rate(state.step),
         "loss_scale": torch.ones((), device=state.mesh.device) if state.loss_scale is None else state.loss_scale,
     }

@@ -37,16 +37,10 @@ def test_the_held_out_loss_falls_and_is_drawn(rhyme, capsys):
     assert "class " in output, "no sample"
 
 
-def test_all_ranks_agree_and_sharded_layouts_give_equal_losses(rhyme):
+def test_all_ranks_agree_and_every_layout_gives_the_same_losses(rhyme):
     options = ("--steps", "6", "--microbatches", "2", "--dropout", "0.1")
-    one, three = (world.run(losses, rhyme, *options, "--zero", stage, size=2) for stage in "13")
-    assert one[0] == one[1] == three[0] == three[1]
-
-
-def test_an_unsharded_state_differs_by_the_rounding_of_the_global_norm_alone(rhyme):
-    options = ("--steps", "6", "--policy", "fp32")
-    whole, sharded = (world.run(losses, rhyme, *options, "--zero", stage, size=2)[0] for stage in "03")
-    torch.testing.assert_close(whole, sharded, rtol=1e-5, atol=0)
+    first, *others = (run for stage in "0123" for run in world.run(losses, rhyme, *options, "--zero", stage, size=2))
+    assert all(other == first for other in others)
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(rhyme):

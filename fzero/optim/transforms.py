@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.collectives import all_reduce
+from fzero.collectives import all_reduce, pad
 from fzero.layout import Sharded, Spec
+from fzero.mesh import Mesh
 from fzero.optim.base import Optimizer
 
 
@@ -26,44 +28,48 @@ class GradientTransform(ABC):
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]: ...
 
 
-@dataclass(frozen=True)
-class GlobalNormStats:
-    """What one all-reduce tells of a gradient.
-
-    Attributes:
-        norm: fp32 of shape (): the true 2-norm over all leaves and ranks.
-        finite_norm: the same over the finite elements alone.
-        finite: bool of shape (): whether every element is finite.
-    """
-
-    norm: Tensor
-    finite_norm: Tensor
-    finite: Tensor
-
-
-def global_norm_stats(grads: Sharded) -> GlobalNormStats:
+def global_norm(grads: Sharded, *, finite_only: bool = False) -> tuple[Tensor, Tensor]:
     """Return the norm of a sharded gradient and whether it is finite, over all ranks by one all-reduce.
 
-    Leaves cut over the same axes are summed here first. A leaf that every rank holds whole counts once.
+    A leaf that every rank holds whole counts once. Squares are taken piece by piece, as they would be if the
+    leaf were cut, and added up in float64, so that the norm does not depend on the layout.
+
+    Args:
+        grads: the gradient.
+        finite_only: leave out elements that are not finite, instead of returning NaN.
+
+    Returns:
+        The 2-norm of the true values, fp32 of shape (); whether every element is finite, bool of shape ().
     """
     mesh = grads.mesh
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     for piece, spec in zip(grads.pieces, grads.placement.specs, strict=True):
-        if piece is not None:
-            finite = torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0)
-            square = torch.linalg.vector_norm(finite, dtype=torch.float32).square()
-            bad = (piece * 0).sum().isnan().to(torch.float32)  # inf × 0 is NaN; several times faster than isfinite
-            sums.setdefault(_axes(spec), []).append(torch.stack([square, bad]))
-    total = torch.zeros(2, device=mesh.device)
+        if piece is None:
+            continue
+        values = torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0) if finite_only else piece
+        rows = _as_if_cut(values, spec, mesh, grads.layout.axis)
+        square = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).to(torch.float64).square().sum()
+        bad = (piece * 0).sum().isnan().to(torch.float64)  # inf × 0 is NaN; several times faster than isfinite
+        sums.setdefault(_axes(spec), []).append(torch.stack([square, bad]))
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for axes, parts in sums.items():
         part = torch.stack(parts).sum(0)
         for axis in axes:
             part = all_reduce(part, mesh, axis)
         total = total + part
     factor = torch.ones((), device=mesh.device) if grads.factor is None else grads.factor
-    finite_norm = total[0].sqrt() * factor
     finite = (total[1] == 0) & torch.isfinite(factor)
-    return GlobalNormStats(torch.where(finite, finite_norm, torch.nan), finite_norm, finite)
+    norm = (total[0].sqrt() * factor).to(torch.float32)
+    return (norm if finite_only else torch.where(finite, norm, torch.nan)), finite
+
+
+def _as_if_cut(piece: Tensor, spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> Tensor:
+    """Return a piece as rows: one, or where the leaf is whole here, one for each rank that could hold a piece."""
+    ranks = mesh.size(axes)
+    if spec.cut or ranks == 1 or not piece.numel():
+        return piece.reshape(1, -1)
+    rows = math.ceil(piece.numel() / ranks)
+    return pad(piece, ranks * rows).view(ranks, rows)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class ClipByGlobalNorm(GradientTransform):
     limit: float
 
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]:
-        norm = global_norm_stats(grads).finite_norm
+        norm, _ = global_norm(grads, finite_only=True)
         shrink = (self.limit / (norm + 1e-6)).clamp(max=1.0)
         return grads.replace(factor=shrink if grads.factor is None else grads.factor * shrink), state
 
