@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # now: imported later, its default arguments keep a process group alive for ever
 import torch.utils._pytree as torch_pytree
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
