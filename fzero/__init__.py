@@ -22,7 +22,6 @@ from fzero.errors import TreeError as TreeError
 from fzero.functional import functional as functional
 from fzero.keyed import keyed as keyed
 from fzero.layout import Layout as Layout
-from fzero.layout import P as P
 from fzero.layout import Sharded as Sharded
 from fzero.layout import gather as gather
 from fzero.layout import shard as shard
@@ -38,6 +37,7 @@ from fzero.optim import lion as lion
 from fzero.optim import partition_by as partition_by
 from fzero.optim import schedules as schedules
 from fzero.optim import sgd as sgd
+from fzero.pieces import P as P
 from fzero.policy import Policy as Policy
 from fzero.policy import policy as policy
 from fzero.program import Program as Program

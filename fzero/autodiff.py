@@ -12,6 +12,7 @@ no other rank. Ranks meet only in the gather before it and in the reduction afte
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -46,7 +47,6 @@ def vjp(
 ) -> tuple[Any, Pullback] | tuple[Any, Pullback, Any]: ...
 
 
-@together("fz.vjp")
 def vjp(
     f: Callable[..., Any], *primals: Any, has_aux: bool = False, reduce: Reduce = "mean"
 ) -> tuple[Any, Pullback] | tuple[Any, Pullback, Any]:
@@ -81,17 +81,28 @@ def vjp(
         (tensor([ 5., 50.]), tensor(32.))
     """
     _refuse_dynamo("fz.vjp")
-    opened = Opened.of(primals)
+    output, pullback, aux = _vjp(f, primals, tuple(range(len(primals))), has_aux=has_aux, reduce=reduce)
+    return (output, pullback, aux) if has_aux else (output, pullback)
+
+
+@together("fz.vjp")
+def _vjp(
+    f: Callable[..., Any], arguments: Sequence[Any], positions: tuple[int, ...], *, has_aux: bool, reduce: Reduce
+) -> tuple[Any, Pullback, Any]:
+    """`vjp` with respect to the arguments at `positions`; the others are opened for `f` all the same."""
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f"fz.vjp: reduce={reduce!r}; expected 'mean' or 'sum'.")
+    opened = Opened.of(arguments, positions)
     leaves = opened.leaves()
-    where = opened.differentiable(leaves)
+    where, size = opened.differentiable(leaves), len(leaves)
     structure: dict[str, Any] = {}
 
     def on_differentiable(*chosen: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        arguments = list(leaves)
+        filled = list(leaves)
         for i, leaf in zip(where, chosen, strict=True):
-            arguments[i] = leaf
+            filled[i] = leaf
         with opened.context():
-            result = f(*opened.close(arguments))
+            result = f(*opened.close(filled))
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"fz.vjp: with has_aux=True f must return (output, aux), and it returned {type(result)}.")
         output, aux = result if has_aux else (result, None)
@@ -111,8 +122,8 @@ def vjp(
     count = structure["output"].slots.count(tree.OTHER)
     output = structure["output"].fill(floats, rest[:count])
     aux = structure["aux"].fill(rest[count:], ())
-
     expected = tree.map(_abstract, output)
+    plain = not any(_is_tracked(x) for x in leaves)
 
     @together("pullback")
     def pullback(cotangent: Any) -> tuple[Any, ...]:
@@ -120,12 +131,15 @@ def vjp(
         cotangents = _check_cotangent(expected, cotangent)
         if opened.scale is not None:
             cotangents = [c * opened.scale.to(c.dtype) for c in cotangents]
-        gradients: list[Tensor | None] = [None] * len(leaves)
-        for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
-            gradients[i] = gradient
+        gradients: list[Tensor | None] = [None] * size
+        # With grad mode on, torch takes formulas that can be differentiated again: other bits, more memory.
+        last_order = plain and not any(_is_tracked(c) for c in cotangents)
+        with torch.no_grad() if last_order else contextlib.nullcontext():
+            for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
+                gradients[i] = gradient
         return opened.gradients(gradients, reduce)
 
-    return (output, pullback, aux) if has_aux else (output, pullback)
+    return output, pullback, aux
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,8 @@ class ValueAndGrad:
     def differentiated(self) -> tuple[int, ...]:
         return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_dynamo("fz.value_and_grad")
         for position in self.differentiated:
             if not 0 <= position < len(args):
                 raise TypeError(
@@ -152,17 +167,14 @@ class ValueAndGrad:
 
         if len(set(self.differentiated)) < len(self.differentiated):
             raise TypeError(f"fz.value_and_grad: argnums={self.argnums} names an argument twice.")
-        constants = Opened.of(args, skip=self.differentiated)
-        filled = constants.close(constants.leaves())
 
-        def on_primals(*primals: Any) -> Any:
-            arguments = list(filled)
-            for position, primal in zip(self.differentiated, primals, strict=True):
-                arguments[position] = primal
-            return self.f(*arguments)
+        def on_arguments(*opened: Any) -> Any:
+            *positional, keywords = opened
+            return self.f(*positional, **keywords)
 
-        primals = [args[position] for position in self.differentiated]
-        value, pullback, *aux = vjp(on_primals, *primals, has_aux=self.has_aux, reduce=self.reduce)
+        value, pullback, aux = _vjp(
+            on_arguments, (*args, kwargs), self.differentiated, has_aux=self.has_aux, reduce=self.reduce
+        )
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = ", ".join(f"{p or 'output'}: {tree.describe(x)}" for p, x in _named(value))
             raise TypeError(
@@ -172,8 +184,8 @@ class ValueAndGrad:
         gradients = pullback(torch.ones_like(value))
         gradient = gradients[0] if isinstance(self.argnums, int) else gradients
         if self.only_grad:
-            return (gradient, aux[0]) if self.has_aux else gradient
-        return ((value, aux[0]), gradient) if self.has_aux else (value, gradient)
+            return (gradient, aux) if self.has_aux else gradient
+        return ((value, aux), gradient) if self.has_aux else (value, gradient)
 
 
 def value_and_grad(
@@ -189,7 +201,7 @@ def value_and_grad(
         reduce: mean or sum over the data axes, see `vjp`.
 
     Returns:
-        `g(*args) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
+        `g(*args, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
 
     Example:
         >>> value_and_grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
@@ -247,6 +259,11 @@ def _check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
         )
     given = tree.leaves(cotangent, none_is_leaf=True)
     return [bar for out, bar in zip(expected, given, strict=True) if is_float(out)]
+
+
+def _is_tracked(x: Any) -> bool:
+    """Whether a transform outside of this one, or autograd, may differentiate what is made of `x`."""
+    return isinstance(x, Tensor) and (is_functorch_wrapped(x) or x.requires_grad)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,33 +24,13 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import torch_pytree
-from fzero.collectives import all_gather, all_reduce, pad, reduce_scatter
+from fzero._torch import FakeTensor, torch_pytree
+from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
 from fzero.peers import together
+from fzero.pieces import P, Spec, cut_axes, join, piece_of, scaled
 from fzero.policy import Policy
-
-# Leaves smaller than this many elements a rank are not worth a collective's latency.
-_WHOLE_BELOW = 16
-
-
-class P(tuple[str | None, ...]):
-    """The mesh axis that each dimension of a leaf is split over; `None` for a dimension kept whole.
-
-    Example:
-        >>> P("model", None)
-        P('model', None)
-    """
-
-    def __new__(cls, *axes: str | None) -> P:
-        return super().__new__(cls, axes)
-
-    def __getnewargs__(self) -> tuple[str | None, ...]:  # for pickle and copy, which would pass one tuple
-        return tuple(self)
-
-    def __repr__(self) -> str:
-        return f"P({', '.join(map(repr, self))})"
 
 
 @dataclass(frozen=True)
@@ -128,26 +109,6 @@ def zero(
 
 
 @dataclass(frozen=True)
-class Spec:
-    """How one leaf is laid out: its full shape, its dimensions' axes, the axes its flat block is cut over."""
-
-    shape: tuple[int, ...]
-    split: P
-    cut: tuple[str, ...] = ()
-
-    def block_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        parts = [1 if axis is None else mesh.size(axis) for axis in self.split]
-        parts += [1] * (len(self.shape) - len(parts))
-        return tuple(size // n for size, n in zip(self.shape, parts, strict=True))
-
-    def block_numel(self, mesh: Mesh) -> int:
-        return math.prod(self.block_shape(mesh))
-
-    def piece_numel(self, mesh: Mesh) -> int:
-        return math.ceil(self.block_numel(mesh) / mesh.size(self.cut))
-
-
-@dataclass(frozen=True)
 class Placement:
     """What is static in a `Sharded`: structure, paths, one `Spec` a leaf, mesh, layout, policy."""
 
@@ -163,7 +124,7 @@ class Placement:
 
     def cut_over(self, axes: tuple[str, ...]) -> Placement:
         """Return the same leaves with their blocks cut over other axes."""
-        specs = tuple(dataclasses.replace(s, cut=_cut_axes(s, self.mesh, axes)) for s in self.specs)
+        specs = tuple(dataclasses.replace(s, cut=cut_axes(s, self.mesh, axes)) for s in self.specs)
         return dataclasses.replace(self, specs=specs)
 
     def select(self, indices: Sequence[int]) -> Placement:
@@ -225,11 +186,11 @@ class Sharded:
         )
 
 
-def shard(tree_: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = None) -> Sharded:
+def shard(tree: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = None) -> Sharded:
     """Cut a tree of full tensors into this rank's pieces.
 
     Args:
-        tree_: any tree of tensors on the mesh's device, equal on every rank.
+        tree: any tree of tensors on the mesh's device, equal on every rank.
         mesh: the processes.
         layout: a ZeRO layout, whose placement of parameters is used; or one `P` for every leaf.
         policy: recorded in the result; it says in which dtype functions see the leaves.
@@ -247,6 +208,10 @@ def shard(tree_: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None =
         >>> gather(pieces)["w"].shape
         torch.Size([2, 3])
     """
+    return _shard(tree, mesh, layout, policy)
+
+
+def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) -> Sharded:
     if isinstance(tree_, Sharded):
         raise LayoutError("fz.shard: got a Sharded, which is cut already. Pass full tensors: fz.gather(...).")
     leaves, treedef = tree.flatten(tree_)
@@ -298,16 +263,48 @@ def _gather_node(node: Any) -> Any:
     return tree.unflatten(node.placement.treedef, whole)
 
 
-def scaled(leaf: Tensor, factor: Tensor) -> Tensor:
-    """Return the value of a gradient leaf, multiplied in at least float32."""
-    return (leaf.to(torch.promote_types(leaf.dtype, torch.float32)) * factor).to(leaf.dtype)
-
-
 def check_not_simulated(sharded: Sharded, call: str) -> None:
     """Raise where values are asked of a world that does not exist. Inside a trace there are none to ask."""
     abstract = all(piece is None or piece.device.type == "meta" for piece in sharded.pieces)
     if sharded.mesh.simulated and abstract:
         raise MeshError(f"{call}: the mesh is simulated, so there are no values. Use fz.trace, or make a real mesh.")
+
+
+def check_agreement(leaves: Sequence[Tensor], paths: Sequence[str], mesh: Mesh, call: str) -> None:
+    """Raise on every rank if ranks hold different leaves: pieces of different trees make no tree.
+
+    Compares names, shapes, dtypes and a checksum of each leaf's bits, by two small all-gathers an axis.
+    """
+    if mesh.processes is None or any(isinstance(leaf, FakeTensor) for leaf in leaves):
+        return
+    text = repr([(path, tuple(leaf.shape), leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)])
+    if not _agree(torch.tensor([zlib.crc32(text.encode())], device=mesh.device), mesh).all():
+        raise LayoutError(f"{call}: the ranks hold trees of different names, shapes or dtypes. Build the same model.")
+    if leaves:
+        agree = _agree(torch.stack([_checksum(leaf) for leaf in leaves]), mesh)
+        if different := [path for path, same in zip(paths, agree.tolist(), strict=True) if not same]:
+            raise LayoutError(
+                f"{call}: the ranks hold different values at {', '.join(different[:5])}"
+                f"{f' and {len(different) - 5} more' if len(different) > 5 else ''}. Seed every rank alike before "
+                f"building the model, or pass a factory: fz.init draws the same values on all ranks."
+            )
+
+
+def _agree(x: Tensor, mesh: Mesh) -> Tensor:
+    """Return, for each element, whether all ranks have the same."""
+    same = torch.ones_like(x, dtype=torch.bool)
+    for axis in mesh.names:
+        rows = all_gather(torch.stack([x, same.to(x.dtype)]), mesh, axis).view(-1, 2, x.shape[0])
+        same = (rows[:, 0] == rows[0, 0]).all(0) & rows[:, 1].all(0)
+    return same
+
+
+def _checksum(leaf: Tensor) -> Tensor:
+    """Return the sum of a leaf's bits taken as integers."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = leaf.detach().contiguous()
+    bits = torch.view_as_real(bits) if bits.is_complex() else bits
+    return bits.view(integers[bits.element_size()]).sum(dtype=torch.int64)
 
 
 def place(
@@ -322,77 +319,14 @@ def place(
         raise TypeError(f"fz.shard: expected a layout, such as fz.zero(3), got {tree.describe(layout)}.")
     mesh.size(layout.data_axes)  # every axis exists
     paths = tuple(tree.structure_paths(treedef))
+    if twice := sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []:
+        raise LayoutError(f"fz: two leaves have the path {twice[0]!r}; a key with a dot in it looks like two keys.")
     specs = []
     for path, shape in zip(paths, shapes, strict=True):
         spec = Spec(shape, layout.split_of(path))
         _check_split(path, spec, mesh, layout)
-        specs.append(dataclasses.replace(spec, cut=_cut_axes(spec, mesh, layout.parameter_cut(policy))))
+        specs.append(dataclasses.replace(spec, cut=cut_axes(spec, mesh, layout.parameter_cut(policy))))
     return Placement(treedef, paths, tuple(specs), mesh, layout, policy)
-
-
-def join(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Make a leaf whole from the ranks' pieces. Differentiable; may alias `piece` where nothing moves."""
-    leaf = join_block(piece, spec, mesh).reshape(spec.block_shape(mesh))
-    for dim, axis in enumerate(spec.split):
-        if axis is not None:
-            leaf = all_gather(leaf.movedim(dim, 0), mesh, axis).movedim(0, dim)
-    return leaf
-
-
-def join_block(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Make a flattened block whole from its pieces: what `own_piece` undoes."""
-    flat = piece
-    for axis in reversed(spec.cut):  # the last axis varies fastest, so its pieces are neighbours
-        flat = all_gather(flat, mesh, axis)
-    numel = spec.block_numel(mesh)
-    return flat if flat.shape[0] == numel else flat[:numel]
-
-
-def piece_of(leaf: Tensor, spec: Spec, mesh: Mesh, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return this rank's piece of a leaf that every rank has whole, as `dtype`: a copy, and the only one made."""
-    flat, numel = block_of(leaf, spec, mesh), spec.piece_numel(mesh)
-    start = min(mesh.index(spec.cut) * numel, flat.shape[0])
-    part = flat[start : start + numel].to(dtype or leaf.dtype, copy=True)
-    return pad(part, numel)
-
-
-def block_of(leaf: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Return this rank's block of a whole leaf, flattened. May alias it."""
-    for dim, axis in enumerate(spec.split):
-        if axis is not None and mesh.size(axis) > 1:
-            leaf = leaf.unflatten(dim, (mesh.size(axis), -1)).index_select(dim, mesh.index_tensor(axis)).squeeze(dim)
-    return leaf.reshape(-1)
-
-
-def own_piece(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Return this rank's piece of a flattened block. May alias it where nothing is cut."""
-    ranks = mesh.size(spec.cut)
-    if ranks == 1:
-        return flat
-    numel = spec.piece_numel(mesh)
-    # A row picked by an index tensor, not a slice: a trace must be the same on every rank.
-    return pad(flat, ranks * numel).view(ranks, numel).index_select(0, mesh.index_tensor(spec.cut)).squeeze(0)
-
-
-def reduce_leaf(leaf: Tensor, spec: Spec, mesh: Mesh, *, axes: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-    """Sum a full leaf over the ranks of the data axes; return this rank's piece of the sum, as `dtype`.
-
-    Reduce-scatters over the axes that cut the leaf, outermost first so that later wires carry less; then
-    all-reduces the piece over the axes that hold copies.
-    """
-    flat = block_of(leaf, spec, mesh)
-    if mesh.size(spec.cut) > 1:
-        flat = pad(flat, mesh.size(spec.cut) * spec.piece_numel(mesh))
-    for axis in spec.cut:
-        flat = reduce_scatter(flat, mesh, axis, dtype=dtype)
-    for axis in axes:
-        if axis not in spec.cut:
-            flat = all_reduce(flat, mesh, axis, dtype=dtype)
-    return flat.to(dtype)
-
-
-def _cut_axes(spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    return axes if spec.block_numel(mesh) >= _WHOLE_BELOW * mesh.size(axes) else ()
 
 
 def _check_split(path: str, spec: Spec, mesh: Mesh, layout: Layout) -> None:

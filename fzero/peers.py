@@ -20,6 +20,9 @@ import torch.distributed as dist
 from fzero._torch import default_store, group_deadline
 from fzero.errors import PeerError
 
+# Seconds before a call began within which another rank's error still counts as the cause of this one's.
+_WINDOW = 60.0
+
 
 @contextmanager
 def together(call: str) -> Iterator[None]:
@@ -44,10 +47,12 @@ def together(call: str) -> Iterator[None]:
             if not getattr(error, "told_peers", False):
                 _tell(error, call)
             raise
-        told = _told(since=began - group_deadline())
-        if not told:
-            raise
-        raise PeerError(f"{call}: rank {dist.get_rank()} waited in a collective, and\n" + "\n".join(told)) from error
+        told = _told(since=began - _WINDOW)
+        told = told or [
+            f"  no other rank left an error: one is late by more than the {group_deadline():.0f} s that a collective "
+            f"waits, ended outside of fzero, or runs something else.\n  {error}"
+        ]
+        raise PeerError(f"{call}: rank {dist.get_rank()} waited in a collective.\n" + "\n".join(told)) from error
 
 
 def _from_network(error: Exception) -> bool:

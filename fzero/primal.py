@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import is_functorch_wrapped
+from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import LayoutError
 from fzero.keyed import drawing_from
-from fzero.layout import Sharded, check_not_simulated, join, reduce_leaf, scaled
+from fzero.layout import Sharded, check_not_simulated
+from fzero.pieces import join, reduce_leaf, scaled
 
 Reduce = Literal["mean", "sum"]
 
@@ -53,12 +54,16 @@ class Opened:
 
     treedef: tree.TreeDef
     nodes: tuple[Any, ...]  # a Primal, or the leaf itself
+    wanted: tuple[bool, ...]  # for each node, whether it is differentiated
+    positions: tuple[int, ...]  # of the arguments that are
 
     @staticmethod
-    def of(arguments: Sequence[Any], *, skip: Sequence[int] = ()) -> Opened:
-        shown = tuple(None if i in skip else argument for i, argument in enumerate(arguments))
-        nodes, treedef = tree.flatten(shown, is_leaf=lambda x: isinstance(x, (Sharded, HasPrimal)))
-        return Opened(treedef, tuple(_as_primal(node) for node in nodes))
+    def of(arguments: Sequence[Any], positions: Sequence[int] = ()) -> Opened:
+        """Take arguments apart; those at `positions` are to be differentiated."""
+        nodes, treedef = tree.flatten(tuple(arguments), is_leaf=lambda x: isinstance(x, (Sharded, HasPrimal)))
+        counts = [child.num_leaves for child in treedef.children()]
+        wanted = tuple(i in positions for i, count in enumerate(counts) for _ in range(count))
+        return Opened(treedef, tuple(_as_primal(node) for node in nodes), wanted, tuple(positions))
 
     def leaves(self) -> list[Any]:
         return [leaf for node in self.nodes for leaf in (gathered(node) if isinstance(node, Primal) else [node])]
@@ -75,21 +80,23 @@ class Opened:
 
     def differentiable(self, leaves: Sequence[Any]) -> list[int]:
         """Return the positions of the leaves that get a gradient."""
-        frozen = [
-            isinstance(node, Primal) and path in node.frozen
-            for node in self.nodes
+        wanted = [
+            wanted and not (isinstance(node, Primal) and path in node.frozen)
+            for node, wanted in zip(self.nodes, self.wanted, strict=True)
             for path in (node.params.paths if isinstance(node, Primal) else ("",))
         ]
-        return [i for i, leaf in enumerate(leaves) if is_float(leaf) and not frozen[i]]
+        return [i for i, leaf in enumerate(leaves) if is_float(leaf) and wanted[i]]
 
     def gradients(self, flat: Sequence[Tensor | None], reduce: Reduce) -> tuple[Any, ...]:
-        return tree.unflatten(
-            self.treedef,
-            [
-                _reduced(node, part, self.scale, reduce) if isinstance(node, Primal) else self._plain(part[0])
-                for node, part in self._parts(flat)
-            ],
-        )
+        """Form the gradients of the differentiated arguments from full local gradients of all leaves."""
+        formed = [
+            _reduced(node, part, self.scale, reduce)
+            if isinstance(node, Primal) and wanted
+            else (None if isinstance(node, Primal) else self._plain(part[0]))
+            for (node, part), wanted in zip(self._parts(flat), self.wanted, strict=True)
+        ]
+        whole = tree.unflatten(self.treedef, formed)
+        return tuple(whole[position] for position in self.positions)
 
     def check_not_donated(self) -> None:
         """Raise if memory that full leaves may share was given away: a pullback would read stale numbers."""
@@ -102,7 +109,9 @@ class Opened:
     def context(self) -> Iterator[None]:
         """What the function runs under: the policy's autocast, and the state's random key."""
         with contextlib.ExitStack() as stack:
-            primals = [node for node in self.nodes if isinstance(node, Primal)]
+            # Those that are differentiated come first: their key is the one to draw from.
+            order = sorted(range(len(self.nodes)), key=lambda i: not self.wanted[i])
+            primals = [self.nodes[i] for i in order if isinstance(self.nodes[i], Primal)]
             for dtype in dict.fromkeys(p.params.policy.autocast for p in primals if p.params.policy is not None):
                 if dtype is not None:
                     device = primals[0].params.mesh.device.type
@@ -115,7 +124,8 @@ class Opened:
     @property
     def scale(self) -> Tensor | None:
         """The smallest loss scale of the primals: the largest that none of them overflows at."""
-        scales = [node.scale for node in self.nodes if isinstance(node, Primal) and node.scale is not None]
+        pairs = zip(self.nodes, self.wanted, strict=True)
+        scales = [n.scale for n, wanted in pairs if wanted and isinstance(n, Primal) and n.scale is not None]
         return torch.stack(scales).min() if scales else None
 
     def _parts(self, flat: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any]]]:
@@ -141,12 +151,17 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
     mesh, axes, policy = params.mesh, params.layout.data_axes, params.policy
     placement = params.placement.cut_over(params.layout.gradient_cut)
     pieces: list[Tensor | None] = []
+    taken: set[int] = set()
     for leaf, spec in zip(leaves, placement.specs, strict=True):
         if leaf is None:
             pieces.append(None)
             continue
         dtype = leaf.dtype if policy is None else policy.reduce
-        pieces.append(reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype))
+        piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
+        # Autograd gives two leaves one tensor where their gradients are equal, and pieces may be donated.
+        shared = not is_functorch_wrapped(piece) and storage_id(piece) in taken
+        pieces.append(piece.clone() if shared else piece)
+        taken |= set() if is_functorch_wrapped(piece) else {storage_id(piece)}
     count = mesh.size(axes) if reduce == "mean" else 1
     factor = torch.tensor(1.0 / count, dtype=torch.float32, device=mesh.device)
     factor = factor if scale is None else factor / scale

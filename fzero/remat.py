@@ -158,15 +158,22 @@ class _NoCaptures(TorchFunctionMode):
     def __init__(self, arguments: Sequence[Tensor]):
         super().__init__()
         self.level = max((functorch_level(x) for x in arguments), default=0)
+        self.arguments = {id(x) for x in arguments}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in (*args, *(kwargs or {}).values()):
-            if isinstance(x, Tensor) and is_functorch_wrapped(x) and functorch_level(x) > self.level:
+        for x in tree.leaves((args, kwargs)):
+            if isinstance(x, Tensor) and self.captured(x):
                 raise TraceError(
                     f"fz.remat: the function uses a tensor of shape {tuple(x.shape)} that is being differentiated "
                     f"and is not one of its arguments, so its gradient would be lost. Pass it as an argument."
                 )
         return func(*args, **(kwargs or {}))
+
+    def captured(self, x: Tensor) -> bool:
+        if is_functorch_wrapped(x):
+            return functorch_level(x) > self.level
+        # Grad mode is off in here, so what is made here requires no gradient.
+        return id(x) not in self.arguments and x.requires_grad and not torch.is_grad_enabled()
 
 
 def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:

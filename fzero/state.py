@@ -27,16 +27,17 @@ from fzero.collectives import all_reduce
 from fzero.deferred import deferred
 from fzero.errors import LayoutError
 from fzero.functional import functional
-from fzero.layout import Layout, Placement, Sharded, piece_of, place, zero
+from fzero.layout import Layout, Placement, Sharded, check_agreement, place, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
 from fzero.optim.transforms import global_norm
 from fzero.peers import together
+from fzero.pieces import piece_of
 from fzero.policy import Policy
 from fzero.policy import policy as policy_of
 from fzero.primal import Primal
 from fzero.program.jit import Jitted, jit
-from fzero.random import fold
+from fzero.random import fold, signed
 
 Skip = Literal["step", "element"]
 
@@ -107,7 +108,9 @@ def init(
         params: a tree of tensors, equal on every rank; an `nn.Module`; or a factory, called without
             arguments, that returns one. A factory's model is built leaf by leaf, with draws keyed by
             (seed, path): the same values on any number of ranks, and never more memory than the pieces plus
-            the largest leaf. What is given is copied.
+            the largest leaf (an initialiser that itself needs more, such as `orthogonal_` or a cast, has it
+            for one leaf). What is given is copied. `requires_grad` is not looked at: freeze leaves with
+            `fz.partition_by`.
         optimizer: such as `fz.adamw(3e-4)`.
         mesh: default: all processes, on the axis `data`.
         layout: default: `zero(3)`.
@@ -115,7 +118,8 @@ def init(
         seed: of the draws of a factory's model, of dropout and of stochastic rounding.
 
     Raises:
-        LayoutError: a leaf is no tensor or is on another device, or cannot be split as the layout says.
+        LayoutError: a leaf is no tensor or is on another device, cannot be split as the layout says, or
+            differs between ranks; or the layout leaves out a mesh axis.
         MeshError: the layout names an axis that the mesh does not have.
         PolicyError: there is no such policy.
 
@@ -134,6 +138,7 @@ def init(
             f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
         )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
+    _check_axes(mesh, layout)
     if isinstance(params, nn.Module):
         params = functional(params)[1]
     if callable(params):
@@ -146,7 +151,7 @@ def init(
         params=pieces,
         moments=optimizer.init(pieces),
         loss_scale=None,
-        seed=torch.full((), seed, dtype=torch.int32, device=device),
+        seed=torch.full((), signed(seed), dtype=torch.int32, device=device),
         optimizer=optimizer,
         policy=precision,
         layout=layout,
@@ -237,6 +242,8 @@ def train_step(
         if not isinstance(aux, dict):
             raise TypeError(f"fz.train_step: aux must be a dict of tensors, got {tree.describe(aux)}.")
         state, info = apply_gradients(state, grads, skip)
+        if taken := aux.keys() & {"loss", *info}:
+            raise ValueError(f"fz.train_step: aux must not name {sorted(taken)}, which the step's own metrics do.")
         local = mean_over_ranks({"loss": loss, **aux}, state.mesh, state.layout.data_axes)
         return state, {"loss": local.pop("loss"), **info, **local}
 
@@ -258,6 +265,17 @@ def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     return tree.unflatten(treedef, leaves)
 
 
+def _check_axes(mesh: Mesh, layout: Layout) -> None:
+    if not isinstance(layout, Layout):
+        raise TypeError(f"fz.init: layout must be made by fz.zero, got {tree.describe(layout)}.")
+    used = {*layout.data_axes, *(axis for _, split in layout.split for axis in split)}
+    if idle := [name for name, size in mesh.axes if size > 1 and name not in used]:
+        raise LayoutError(
+            f"fz.init: the layout says nothing of the mesh axes {idle}, so ranks along them would train apart. "
+            f"Copy over them, fz.zero({layout.stage}, replicate={idle[0]!r}), or cut or split over them."
+        )
+
+
 def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Sharded:
     leaves, treedef = tree.flatten(params)
     paths = tree.structure_paths(treedef)
@@ -269,6 +287,7 @@ def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Shard
                 f"fz.init: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
                 f"Move it with .to({mesh.device.type!r}), or make the mesh there."
             )
+    check_agreement(leaves, paths, mesh, "fz.init")
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
     return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach(), policy)
 

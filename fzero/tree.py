@@ -277,3 +277,6 @@ class _Context:
 
     def __hash__(self) -> int:
         return hash(repr(self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)

@@ -18,6 +18,7 @@ ORDER = [
     "peers",
     "policy",
     "collectives",
+    "pieces",
     "layout",
     "random",
     "keyed",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import fzero as fz
 from fzero import tree
-from fzero.layout import place, reduce_leaf
+from fzero.layout import place
+from fzero.pieces import reduce_leaf
 from tests import world
 
 STAGES = (0, 1, 2, 3)

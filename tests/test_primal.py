@@ -31,9 +31,13 @@ def test_opening_and_closing_shows_full_trees_where_containers_were():
     assert same["x"] is plain["x"] and (same["name"], same["none"], number) == ("plain", None, 3)
 
 
-def test_skipped_arguments_are_left_out():
-    opened = Opened.of([sharded(), torch.ones(2)], skip=[0])
-    assert len(opened.leaves()) == 1 and opened.close(opened.leaves())[0] is None
+def test_only_arguments_at_the_positions_asked_for_get_gradients():
+    opened = Opened.of([sharded(), torch.ones(2), torch.ones(3)], positions=[1])
+    leaves = opened.leaves()
+    (where,) = opened.differentiable(leaves)
+    assert leaves[where].shape == (2,)
+    gradients = opened.gradients([leaf if i == where else None for i, leaf in enumerate(leaves)], "mean")
+    small.assert_same_bits(gradients, (torch.ones(2),))
 
 
 def test_a_state_offers_itself_as_primal_and_a_sharded_does_not_need_to():
@@ -44,7 +48,7 @@ def test_only_floating_point_leaves_that_are_not_frozen_are_differentiable():
     optimizer = fz.partition_by(lambda path: path, {"a": None, "b": fz.sgd(0.1), "n": fz.sgd(0.1)})
     tree = {"a": torch.ones(2), "b": torch.ones(2), "n": torch.tensor(1)}
     state = fz.init(tree, optimizer, fz.make_mesh("cpu"), policy="fp32")
-    opened = Opened.of([state, torch.ones(2), torch.tensor(True), "text"])
+    opened = Opened.of([state, torch.ones(2), torch.tensor(True), "text"], positions=range(4))
     assert opened.differentiable(opened.leaves()) == [1, 3]
 
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.errors import LayoutError, TreeError
-from fzero.layout import Sharded, Spec, join_block, own_piece, place, zero
+from fzero.errors import LayoutError, PolicyError, TreeError
+from fzero.layout import Sharded, place, zero
 from fzero.mesh import Mesh
+from fzero.pieces import Spec, join_block, own_piece
 from fzero.random import bits, fold, remix, round_stochastic, shift_right, signed, step_keys
 
 Rate = float | Callable[[Tensor], Tensor]
@@ -172,17 +173,25 @@ def mask_of(mask: Any) -> Mask | None:
     """Return a mask as a function of paths: from a function, or a tree of booleans like the parameters."""
     if mask is None or callable(mask):
         return mask
-    return PathSet(frozenset(p for p, kept in zip(tree.paths(mask), tree.leaves(mask), strict=True) if kept))
+    return ByPath.of(mask, "mask")
 
 
 @dataclass(frozen=True)
-class PathSet:
-    """A set of paths, as a function of a path."""
+class ByPath:
+    """A tree of values like the parameters, as a function of a path."""
 
-    paths: frozenset[str]
+    what: str
+    values: tuple[tuple[str, Any], ...]
 
-    def __call__(self, path: str) -> bool:
-        return path in self.paths
+    @staticmethod
+    def of(tree_: Any, what: str) -> ByPath:
+        return ByPath(what, tuple(zip(tree.paths(tree_), tree.leaves(tree_), strict=True)))
+
+    def __call__(self, path: str) -> Any:
+        values = dict(self.values)
+        if path not in values:
+            raise TreeError(f"update: the {self.what} has nothing at {path!r}. Give it every leaf of the parameters.")
+        return values[path]
 
 
 def write_back(leaf: Leaf, ok: Tensor, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -243,6 +252,11 @@ def _check_pair(grads: Any, params: Any) -> None:
         lines = lines or [f"expected a {type(params).__name__}, got a {type(grads).__name__}"]
         raise TreeError("update: gradients do not pair with parameters:\n  " + "\n  ".join(lines))
     if isinstance(params, Sharded):
+        if grads.policy is not None and params.policy is not None and grads.policy != params.policy:
+            raise PolicyError(
+                f"update: the gradients were taken under another policy, {grads.policy}, than the parameters are "
+                f"stored by, {params.policy}. Take the gradient with respect to the state that it updates."
+            )
         placement = params.placement.cut_over(params.layout.gradient_cut)
         for path, spec, other in zip(params.paths, placement.specs, grads.placement.specs, strict=True):
             if spec != other:
@@ -269,7 +283,7 @@ def _lift(tree_: Any, *, like: Any = None) -> Sharded:
     shapes = [tuple(x.shape) for x in examples]
     device: torch.device = next((x.device for x in examples), torch.device("cpu"))
     placement = place(shapes, structure, Mesh((("data", 1),), device), zero(0))
-    return Sharded(tuple(None if x is None else x.reshape(-1) for x in leaves), placement)
+    return Sharded(tuple(None if x is None else x.reshape(-1).contiguous() for x in leaves), placement)
 
 
 def _lower(sharded: Sharded) -> Any:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fzero import tree
 from fzero.collectives import all_reduce, pad
-from fzero.layout import Sharded, Spec
+from fzero.layout import Sharded
 from fzero.mesh import Mesh
-from fzero.optim.base import Optimizer
+from fzero.optim.base import ByPath, Optimizer
+from fzero.pieces import Spec
 
 
 class GradientTransform(ABC):
@@ -197,14 +198,6 @@ class PartitionBy(Optimizer):
         return groups
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    labels: tuple[tuple[str, str], ...]
-
-    def __call__(self, path: str) -> str:
-        return dict(self.labels)[path]
-
-
 def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> PartitionBy:
     """Return an optimizer that gives each group of leaves its own.
 
@@ -226,7 +219,7 @@ def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> Par
         ['body.w']
     """
     if not callable(labels):
-        labels = _Lookup(tuple(zip(tree.paths(labels), tree.leaves(labels), strict=True)))
+        labels = ByPath.of(labels, "tree of labels")
     return PartitionBy(labels, tuple(optimizers.items()))
 
 

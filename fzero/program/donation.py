@@ -7,7 +7,7 @@ sees, turns into a class that answers any operation with `DonatedError`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,16 +43,26 @@ class Donated(Tensor):
         return repr(self)
 
 
-def check_distinct(leaves: Sequence[Tensor], paths: Sequence[str], donated: frozenset[int], call: str) -> None:
+class HasPaths(Protocol):
+    """The arguments of a call: which of their tensors are donated, and where each stands."""
+
+    donated: frozenset[int]
+
+    @property
+    def paths(self) -> list[str]: ...
+
+
+def check_distinct(leaves: Sequence[Tensor], arguments: HasPaths, call: str) -> None:
     """Raise if memory that is to be donated is reached twice.
 
     Raises:
         ValueError: a donated tensor shares its memory with another argument.
     """
-    owner = {storage_id(leaves[i]): i for i in sorted(donated, reverse=True) if leaves[i].numel()}
+    owner = {storage_id(leaves[i]): i for i in sorted(arguments.donated, reverse=True) if leaves[i].numel()}
     for i, leaf in enumerate(leaves):
         first = owner.get(storage_id(leaf)) if leaf.numel() else None
         if first is not None and first != i:
+            paths = arguments.paths  # only now: they take time to spell
             raise ValueError(
                 f"{call}: {paths[first]!r} is donated, and {paths[i]!r} is the same memory. "
                 f"Pass a copy (.clone()) of one of them, or do not donate."

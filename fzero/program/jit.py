@@ -65,7 +65,7 @@ class Jitted:
         self.calls += 1
         call = f"{self.name} (call {self.calls})"
         if self.donate:
-            donation.check_distinct(leaves, signature.paths, signature.donated, f"fz.jit: {self.name}")
+            donation.check_distinct(leaves, signature, f"fz.jit: {self.name}")
             # From here on the old tensors are gone, also if the call fails: half of a step may have
             # overwritten them, and a state that is sometimes there would be a trap.
             for i in signature.donated:
@@ -88,11 +88,17 @@ class Jitted:
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        signature = _Signature(hollow, leaves, self._positions(args), self.name)
+        signature = _Signature(hollow, leaves, self._positions(args, kwargs), self.name)
         signature.simulated_on = _simulated_on(args, kwargs)
         return signature, leaves
 
-    def _positions(self, args: tuple[Any, ...]) -> frozenset[int]:
+    def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+        """Return the positions, among all tensors of the arguments, of those that are donated."""
+        if late := [i for i in self.donate if i >= len(args)]:
+            raise TypeError(
+                f"fz.jit: {self.name} donates its argument {late[0]}, and was called with {len(args)} positional "
+                f"arguments{' and ' + ', '.join(kwargs) if kwargs else ''}. Pass what is donated by position."
+            )
         counts = [len(tree.split(a)[0]) if i <= max(self.donate, default=-1) else 0 for i, a in enumerate(args)]
         starts = [sum(counts[:i]) for i in range(len(args))]
         return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
@@ -139,6 +145,8 @@ class _Signature:
             for path in dict.fromkeys([*theirs, *mine])
             if mine.get(path) != theirs.get(path)
         ]
+        if len(lines) > 8:
+            lines[8:] = [f"and {len(lines) - 8} more"]
         return "; ".join(lines) or "static data in the arguments changed (an optimizer, policy, layout or mesh)"
 
     def _by_path(self) -> dict[str, str]:
@@ -187,7 +195,10 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
         raise ValueError(f"fz.jit: lower={lower!r} is not known. Use 'graph'.")
     if isinstance(f, Jitted):
         f = f.f
-    return Jitted(f, (donate,) if isinstance(donate, int) else tuple(donate), lower)
+    positions = (donate,) if isinstance(donate, int) else tuple(donate)
+    if any(position < 0 for position in positions):
+        raise ValueError(f"fz.jit: donate={donate!r}; positions of arguments count from 0.")
+    return Jitted(f, positions, lower)
 
 
 def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
@@ -221,9 +232,9 @@ def _on_device(leaves: Sequence[Tensor], device: torch.device | None) -> Sequenc
 
 
 def _ambient() -> tuple[Any, ...]:
-    """Return what else decides what an operation means: autocast, and the dtype of new tensors."""
+    """Return what else decides what an operation means: autocast, grad mode, and the dtype of new tensors."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return (*autocast, torch.get_default_dtype())
+    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype())
 
 
 def _constant(value: Any) -> Any:

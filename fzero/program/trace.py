@@ -89,14 +89,13 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
     try:
-        with torch.no_grad():
-            return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+        return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except DATA_DEPENDENT_ERRORS as error:
         raise TraceError(
             f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
             f"{_user_line(error)}\n"
             f"Use torch.where instead of `if`, keep numbers as tensors instead of .item(), or pass what is known "
-            f"beforehand as a Python value."
+            f"beforehand as a Python value.{_hint(error)}"
         ) from error
 
 
@@ -148,6 +147,13 @@ def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     return fx.GraphModule(module, graph)
+
+
+def _hint(error: BaseException) -> str:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if any("masking_utils" in file for file in files):
+        return " Transformers looks for packed sequences here where it keeps no cache: leave use_cache on."
+    return ""
 
 
 def _user_line(error: BaseException) -> str:
