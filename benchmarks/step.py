@@ -244,6 +244,23 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """Return a result as the table of the documentation."""
+    lines = [
+        "| model | candidate | s a step (quartiles) | × DDP | core-seconds × DDP | MiB a rank at rest | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, candidates in record["models"].items():
+        for name, row in candidates.items():
+            seconds = row["seconds"]
+            lines.append(
+                f"| {model} | {name} | {seconds['median']:.3f} ({seconds['quartile_1']:.3f} to "
+                f"{seconds['quartile_3']:.3f}) | {row['seconds_over_ddp']:.2f} | {row['cpu_seconds_over_ddp']:.2f} | "
+                f"{row['bytes_at_rest'] / 2**20:.1f} | {row['bytes_peak'] / 2**20:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = arguments()
     if args.device == "cpu" and args.ranks > 1 and "WORLD_SIZE" not in os.environ:

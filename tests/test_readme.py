@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from state_bytes import table, weigh
+from step import markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,11 @@ def test_the_table_is_the_measured_one():
     found = MARK.search(README)
     assert found is not None and found[1] == table(rows)
     assert weigh("base", 8, "bf16", 3) in rows
+
+
+def test_the_table_of_the_step_is_the_measured_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
+    assert f"<!-- step-cpu -->\n{markdown(record)}\n<!-- /step-cpu -->" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
