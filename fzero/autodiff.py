@@ -213,7 +213,9 @@ def value_and_grad(
 def grad(
     f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, reduce: Reduce = "mean"
 ) -> ValueAndGrad:
-    """Return a function that evaluates the gradient of `f`; see `value_and_grad`.
+    """Return a function that evaluates the gradient of `f`.
+
+    Args and errors are those of `value_and_grad`. With `has_aux` the result is `(gradient, aux)`.
 
     Example:
         >>> grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
@@ -226,8 +228,13 @@ def grad(
 def call(f: Callable[..., Any], *args: Any) -> Any:
     """Call `f` with every `State` and `Sharded` in the arguments gathered to full parameters.
 
-    They arrive in the compute dtype of their policy, as in `vjp`. What comes back shares no memory with
-    the arguments' pieces.
+    Args:
+        f: any function. It sees full parameters in the compute dtype of their policy, as in `vjp`, draws
+            from the state's key and runs under the policy's autocast.
+        *args: trees, with a `State` or `Sharded` anywhere in them.
+
+    Returns:
+        What `f` returns. It shares no memory with the arguments' pieces.
 
     Example:
         >>> call(lambda w: w + 1, torch.tensor(1.0))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fzero._torch import TorchDispatchMode, dispatch_modes, unwrapped
 from fzero.errors import RandomOpError
-from fzero.random import bits, fold, normal, uniform
+from fzero.random import bits, fold, normal, signed, uniform
+from fzero.tree import describe
 
 aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
             same operations in the same order draws the same numbers.
 
     Returns:
-        `g(key, *args, **kwargs)`. `key` is an integer, or an int32 tensor of shape ().
+        `g(key, *args, **kwargs)`. `key` is an integer, or an integer tensor of shape (), taken modulo 2^32.
 
     Raises:
         RandomOpError: from `g`, at a random operation that cannot be drawn from a key.
@@ -42,7 +43,9 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
 
     def g(key: int | Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(key, Tensor):
-            key = torch.tensor(key, dtype=torch.int32)
+            key = torch.tensor(signed(key), dtype=torch.int32)
+        if key.ndim or key.is_floating_point() or key.is_complex():
+            raise TypeError(f"fz.keyed: the key must be an integer of shape (), got {describe(key)}.")
         with drawing_from(key):
             return f(*args, **kwargs)
 
@@ -54,7 +57,7 @@ class drawing_from(TorchDispatchMode):  # noqa: N801 - used as a context manager
 
     def __init__(self, key: Tensor, count: int = 0):
         super().__init__()
-        self.key = unwrapped(key)  # the mode runs below torch.func, where wrappers have no storage
+        self.key = unwrapped(key.to(torch.int32))  # the mode runs below torch.func, where wrappers have no storage
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

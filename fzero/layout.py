@@ -237,8 +237,23 @@ def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) ->
 def gather(sharded: Any) -> Any:
     """Return full tensors of true shapes for a `Sharded`, or for every `Sharded` in a tree.
 
-    A collective: every rank calls it. What comes back shares no memory with the pieces. Of gradients it
-    returns the true values: leaf × factor.
+    A collective: every rank calls it.
+
+    Args:
+        sharded: a `Sharded`, or any tree; a `State` comes back with full trees for its parameters and moments.
+
+    Returns:
+        The tree that was cut, on every rank, in the pieces' dtype. It shares no memory with the pieces. Of
+        gradients, the true values: leaf × factor; `None` where there is none.
+
+    Raises:
+        DonatedError: the pieces' memory was donated.
+        MeshError: the mesh is simulated.
+
+    Example:
+        >>> from fzero.mesh import make_mesh
+        >>> gather(shard({"w": torch.ones(2, 2)}, make_mesh("cpu"), zero(3)))
+        {'w': tensor([[1., 1.], [1., 1.]])}
     """
     nodes, treedef = tree.flatten(sharded, is_leaf=lambda x: isinstance(x, Sharded))
     for node in nodes:

@@ -177,6 +177,16 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     Raises:
         TypeError: `grads` are not a state's gradients.
         TreeError: they pair with other parameters.
+        PolicyError: they were taken under another policy.
+
+    Example:
+        >>> from fzero.optim import sgd
+        >>> from fzero.mesh import make_mesh
+        >>> state = init({"w": torch.ones(2)}, sgd(0.5), make_mesh("cpu"), policy="fp32")
+        >>> _, grads = value_and_grad(lambda params: params["w"].sum())(state)
+        >>> state, info = apply_gradients(state, grads)
+        >>> state.params.pieces[0], info["finite"], state.step
+        (tensor([0.5000, 0.5000]), tensor(True), tensor(1, dtype=torch.int32))
     """
     if skip not in (None, "step", "element"):
         raise ValueError(f"fz.apply_gradients: skip={skip!r}; expected 'step', 'element' or None.")

@@ -5,12 +5,14 @@ Its leaves are awkward: odd sizes that need padding, one too small to cut, a sca
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fzero as fz
+from fzero._torch import TorchDispatchMode
 
 SHAPES: dict[str, Any] = {"block": {"bias": (7,), "weight": (23, 5)}, "head": (70,), "scale": ()}
 
@@ -85,3 +87,23 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 def described(tree: Any) -> dict[str, str]:
     """Path to dtype and shape."""
     return {path: fz.tree.describe(leaf) for path, leaf in flat(tree).items()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made inside and are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = 0
+
+    def live(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages if storage.device.type != "meta")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in fz.tree.leaves(result):
+            if isinstance(t, Tensor):
+                self.storages.add(t.untyped_storage())
+        self.peak = max(self.peak, self.live())
+        return result

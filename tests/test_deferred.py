@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fzero import tree
-from fzero._torch import TorchDispatchMode
 from fzero.deferred import Deferred, deferred
 from fzero.errors import TraceError
 from fzero.functional import functional
+from tests.small import LiveBytes
 
 
 def values(model: Deferred) -> dict[str, Tensor]:
@@ -243,26 +242,6 @@ def test_random_states_are_left_alone():
     a.materialize("0.weight")
     assert states() == before
     assert torch.equal(a.materialize("0.weight"), deferred(mlp).materialize("0.weight"))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made inside and are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        self.peak = 0
-
-    def live(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages if storage.device.type != "meta")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree.leaves(result):
-            if isinstance(t, Tensor):
-                self.storages.add(t.untyped_storage())
-        self.peak = max(self.peak, self.live())
-        return result
 
 
 LEAF = 512 * 512 * 4

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fzero as fz
-from tests import world
+from tests import small, world
 
 torch.manual_seed(0)
 
@@ -119,3 +119,43 @@ def test_every_layout_gives_the_same_bits(size, policy):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+class Wide(nn.Module):
+    """Leaves of several sizes, drawn in place; the embedding is the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1031, 128)
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(6))
+        self.norm = nn.LayerNorm(128)
+
+
+def peak_of_init(policy: str) -> tuple[int, int]:
+    """Bytes that `fz.init` of a factory had live at most, and bytes of the state that came of it."""
+    mesh = fz.make_mesh("cpu")
+    with small.LiveBytes() as bytes_:
+        state = fz.init(Wide, fz.sgd(0.1), mesh, fz.zero(3), policy=policy)
+    return bytes_.peak, sum(x.nbytes for x in fz.tree.leaves(state))
+
+
+@pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_factory_peaks_at_the_pieces_plus_the_largest_leaf(size, policy):
+    largest, slack = 1031 * 128 * 4, 4096
+    for peak, held in world.run(peak_of_init, policy, size=size):
+        assert largest < peak <= held + largest + slack
+
+
+def values_of_factory(stage: int) -> dict[str, Tensor]:
+    state = fz.init(Wide, fz.sgd(0.1), fz.make_mesh("cpu"), fz.zero(stage), policy="bf16", seed=7)
+    return dict(zip(state.params.paths, fz.tree.leaves(fz.gather(state.params)), strict=True))
+
+
+def test_a_factory_draws_the_same_values_on_any_number_of_ranks():
+    first, *others = (
+        values for size in SIZES for stage in (0, 3) for values in world.run(values_of_factory, stage, size=size)
+    )
+    for other in others:
+        small.assert_same_bits(other, first)
+    assert first["embed.weight"].float().std() == pytest.approx(1.0, rel=0.02)

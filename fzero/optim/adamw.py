@@ -85,8 +85,12 @@ def adamw(
 
 
 def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> AdamW:
-    """Return Adam: `adamw` without weight decay.
+    """Return Adam: `adamw` without weight decay, whose arguments these are.
 
     Source: Kingma and Ba 2015, arXiv 1412.6980.
+
+    Example:
+        >>> adam(1e-3).weight_decay
+        0.0
     """
     return AdamW(lr, b1, b2, eps, weight_decay=0.0)

@@ -58,5 +58,10 @@ def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0,
         mask: which leaves decay, see `adamw`.
 
     Source: Chen et al. 2023, arXiv 2302.06675.
+
+    Example:
+        >>> opt, w, zero = lion(0.5), torch.ones(2), torch.tensor(0, dtype=torch.int32)
+        >>> opt.update(torch.tensor([3.0, -7.0]), opt.init(w), w, step=zero, seed=zero)[0]
+        tensor([0.5000, 1.5000])
     """
     return Lion(lr, b1, b2, weight_decay, mask_of(mask))

@@ -74,6 +74,11 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: f
         ValueError: `nesterov` without momentum.
 
     Source: momentum as in Sutskever et al. 2013.
+
+    Example:
+        >>> opt, w, zero = sgd(0.5), torch.ones(2), torch.tensor(0, dtype=torch.int32)
+        >>> opt.update(torch.ones(2), opt.init(w), w, step=zero, seed=zero)[0]
+        tensor([0.5000, 0.5000])
     """
     if nesterov and not momentum:
         raise ValueError("fz.sgd: nesterov=True needs a momentum above 0; it is 0.")

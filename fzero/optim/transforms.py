@@ -91,6 +91,12 @@ def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
     It multiplies the factor and touches no leaf; all gradients have to be there before the first update.
     Elements that are not finite do not count: they are skipped by the update.
 
+    Args:
+        limit: the largest norm, above 0.
+
+    Raises:
+        ValueError: the limit is not above 0.
+
     Example:
         >>> from fzero.optim.adamw import adamw
         >>> chain(clip_by_global_norm(1.0), adamw(1e-3)).learning_rate(torch.tensor(0))
@@ -137,6 +143,12 @@ def chain(*transforms_then_optimizer: Any) -> Chain:
 
     Raises:
         TypeError: the last is no optimizer, or another is no gradient transform.
+
+    Example:
+        >>> from fzero.optim.sgd import sgd
+        >>> opt, w, zero = chain(clip_by_global_norm(1.0), sgd(1.0)), torch.zeros(2), torch.tensor(0, dtype=torch.int32)
+        >>> opt.update(torch.tensor([3.0, 4.0]), opt.init(w), w, step=zero, seed=zero)[0]
+        tensor([-0.6000, -0.8000])
     """
     *transforms, optimizer = transforms_then_optimizer or (None,)
     if not isinstance(optimizer, Optimizer):
