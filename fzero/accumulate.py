@@ -236,7 +236,7 @@ def _taken_apart(result: Any, *, keep_factor: bool) -> tuple[_Recipe, list[Tenso
 
 
 def _gradient_terms(gradient: Sharded, keep_factor: bool) -> list[Tensor]:
-    factor = torch.ones((), device=gradient.mesh.device) if gradient.factor is None else gradient.factor
+    factor = gradient.multiplier
     terms = []
     for piece in gradient.pieces:
         if piece is not None:

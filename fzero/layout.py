@@ -170,6 +170,11 @@ class Sharded:
         """The full shape of each leaf."""
         return tuple(spec.shape for spec in self.placement.specs)
 
+    @property
+    def multiplier(self) -> Tensor:
+        """The factor; one where there is none."""
+        return torch.ones((), device=self.mesh.device) if self.factor is None else self.factor
+
     def replace(self, **changes: Any) -> Sharded:
         """Return a copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
@@ -216,14 +221,7 @@ def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) ->
         raise LayoutError("fz.shard: got a Sharded, which is cut already. Pass full tensors: fz.gather(...).")
     leaves, treedef = tree.flatten(tree_)
     paths = tree.structure_paths(treedef)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise LayoutError(f"fz.shard: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be sharded.")
-        if leaf.device.type != mesh.device.type and not mesh.simulated:
-            raise LayoutError(
-                f"fz.shard: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
-                f"Move it with .to({mesh.device.type!r}), or make the mesh there: make_mesh({leaf.device.type!r})."
-            )
+    check_leaves(leaves, paths, mesh, "fz.shard")
     if isinstance(layout, P):
         layout = Layout(0, (), split=(("*", layout),))
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
@@ -283,6 +281,18 @@ def check_not_simulated(sharded: Sharded, call: str) -> None:
     abstract = all(piece is None or piece.device.type == "meta" for piece in sharded.pieces)
     if sharded.mesh.simulated and abstract:
         raise MeshError(f"{call}: the mesh is simulated, so there are no values. Use fz.trace, or make a real mesh.")
+
+
+def check_leaves(leaves: Sequence[Any], paths: Sequence[str], mesh: Mesh, call: str) -> None:
+    """Raise where a leaf is no tensor, or is not where the mesh keeps its tensors."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise LayoutError(f"{call}: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be sharded.")
+        if leaf.device.type != mesh.device.type and not mesh.simulated:
+            raise LayoutError(
+                f"{call}: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
+                f"Move it with .to({mesh.device.type!r}), or make the mesh there: make_mesh({leaf.device.type!r})."
+            )
 
 
 def check_agreement(leaves: Sequence[Tensor], paths: Sequence[str], mesh: Mesh, call: str) -> None:

@@ -27,7 +27,7 @@ from fzero.collectives import all_reduce
 from fzero.deferred import deferred
 from fzero.errors import LayoutError
 from fzero.functional import functional
-from fzero.layout import Layout, Placement, Sharded, check_agreement, place, zero
+from fzero.layout import Layout, Placement, Sharded, check_agreement, check_leaves, place, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
 from fzero.optim.transforms import global_norm
@@ -198,8 +198,7 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     norm, finite = global_norm(grads)
     advance = torch.ones_like(state.step)
     if skip == "step":
-        factor = torch.ones((), device=state.mesh.device) if grads.factor is None else grads.factor
-        grads = grads.replace(factor=torch.where(finite, factor, torch.nan))
+        grads = grads.replace(factor=torch.where(finite, grads.multiplier, torch.nan))
         advance = finite.to(state.step.dtype)
     params, moments = state.optimizer.update(grads, state.moments, state.params, step=state.step, seed=state.seed)
     info = {
@@ -289,14 +288,7 @@ def _check_axes(mesh: Mesh, layout: Layout) -> None:
 def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Sharded:
     leaves, treedef = tree.flatten(params)
     paths = tree.structure_paths(treedef)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise LayoutError(f"fz.init: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be parameters.")
-        if leaf.device.type != mesh.device.type and not mesh.simulated:
-            raise LayoutError(
-                f"fz.init: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "
-                f"Move it with .to({mesh.device.type!r}), or make the mesh there."
-            )
+    check_leaves(leaves, paths, mesh, "fz.init")
     check_agreement(leaves, paths, mesh, "fz.init")
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
     return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach(), policy)

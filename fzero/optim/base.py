@@ -143,7 +143,7 @@ class Elementwise(Optimizer):
         self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
     ) -> tuple[Sharded, Any]:
         mesh = params.mesh
-        factor = torch.ones((), device=mesh.device) if grads.factor is None else grads.factor
+        factor = grads.multiplier
         shared = self.prologue(step, factor)
         rounding = _leaves(grads, params, step=step, seed=seed)
         new_pieces, new_moments = [], []

@@ -58,7 +58,7 @@ def global_norm(grads: Sharded, *, finite_only: bool = False) -> tuple[Tensor, T
         for axis in axes:
             part = all_reduce(part, mesh, axis)
         total = total + part
-    factor = torch.ones((), device=mesh.device) if grads.factor is None else grads.factor
+    factor = grads.multiplier
     finite = (total[1] == 0) & torch.isfinite(factor)
     norm = (total[0].sqrt() * factor).to(torch.float32)
     return (norm if finite_only else torch.where(finite, norm, torch.nan)), finite
@@ -82,7 +82,7 @@ class ClipByGlobalNorm(GradientTransform):
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]:
         norm, _ = global_norm(grads, finite_only=True)
         shrink = (self.limit / (norm + 1e-6)).clamp(max=1.0)
-        return grads.replace(factor=shrink if grads.factor is None else grads.factor * shrink), state
+        return grads.replace(factor=grads.multiplier * shrink), state
 
 
 def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:

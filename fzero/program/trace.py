@@ -27,7 +27,8 @@ class Trace:
     """A traced function, on its way through the passes.
 
     Attributes:
-        module: the graph, with its constants; one placeholder for each input.
+        module: the graph, with its constants; one placeholder for each input. Its own `forward` is not kept up
+            to date by the passes: a lowering reads the graph.
         inputs: the path of each input in the arguments.
         donated: positions of inputs whose memory may be overwritten.
         output: the output's tree without its tensors.
