@@ -386,3 +386,13 @@ def test_gradients_that_do_not_pair_name_the_leaf(optimizer: fz.Optimizer, grads
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(ValueError, match=r"fz\.sgd: nesterov=True needs a momentum"):
         fz.sgd(0.1, nesterov=True)
+
+
+@pytest.mark.parametrize("make", [int, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+def test_step_and_seed_are_integers_of_any_kind(make):
+    state = fz.init({"w": torch.ones(40)}, fz.adamw(1e-2), fz.make_mesh("cpu"), policy="bf16")
+    grads = fz.grad(lambda p: p["w"].float().sum())(state)
+    one, zero = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    expected = state.optimizer.update(grads, state.moments, state.params, step=one, seed=zero)
+    got = state.optimizer.update(grads, state.moments, state.params, step=make(1), seed=make(0))
+    assert all(torch.equal(x, y) for x, y in zip(fz.tree.leaves(got), fz.tree.leaves(expected), strict=True))

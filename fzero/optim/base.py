@@ -39,16 +39,18 @@ class Optimizer(ABC):
         """Return the optimizer's state for `params`: a `Sharded`, or a tree of tensors."""
         return self.init_sharded(_lift(params))
 
-    def update(self, grads: Any, opt_state: Any, params: Any, *, step: Tensor, seed: Tensor) -> tuple[Any, Any]:
+    def update(
+        self, grads: Any, opt_state: Any, params: Any, *, step: int | Tensor, seed: int | Tensor
+    ) -> tuple[Any, Any]:
         """Return `(params, opt_state)` after one step; nothing that was passed in is changed.
 
         Args:
             grads: pairs with `params`; `None` where a leaf has no gradient, which leaves it as it is.
             opt_state: from `init` or the last update.
             params: a `Sharded`, or a tree of tensors.
-            step: int32 of shape (): how many steps were taken before this one.
-            seed: int32 of shape (): with the step, the leaf's path and the element's index, it decides how
-                stochastic rounding falls.
+            step: integer of shape (): how many steps were taken before this one.
+            seed: integer of shape (), taken modulo 2^32: with the step, the leaf's path and the element's index, it
+                decides how stochastic rounding falls.
 
         Raises:
             TreeError: gradients and parameters do not pair.
@@ -56,7 +58,10 @@ class Optimizer(ABC):
         """
         _check_pair(grads, params)
         lifted, lifted_grads = _lift(params), _lift(grads, like=params)
-        new, opt_state = self.update_sharded(lifted_grads, opt_state, lifted, step=step, seed=seed)
+        device = lifted.mesh.device
+        new, opt_state = self.update_sharded(
+            lifted_grads, opt_state, lifted, step=_counter(step, device), seed=_counter(seed, device)
+        )
         return (new if isinstance(params, Sharded) else _lower(new)), opt_state
 
     @abstractmethod
@@ -238,6 +243,13 @@ def _leaves(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> l
 
 def _split_axes(spec: Spec) -> tuple[str, ...]:
     return tuple(axis for axis in spec.split if axis is not None)
+
+
+def _counter(value: int | Tensor, device: torch.device) -> Tensor:
+    """Return an integer as the int32 tensor that keys are made of."""
+    if isinstance(value, Tensor):
+        return value.to(torch.int32)
+    return torch.tensor(signed(value), dtype=torch.int32, device=device)
 
 
 def _check_pair(grads: Any, params: Any) -> None:
