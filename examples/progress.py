@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -44,6 +46,11 @@ class Curve:
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+
+    def write(self, path: Path, about: dict[str, Any]) -> None:
+        """Write the numbers as JSON, with what they are of."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**about, "train": self.train, "held_out": self.held_out}) + "\n")
 
     def plot(self, path: Path) -> None:
         """Write the curve as a PNG."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> Curve:
     params = fz.gather(state.params)  # a collective: every rank takes part
     if rank == 0:
         curve.plot(args.out / "train_gpt.png")
+        options = {name: str(value) for name, value in vars(args).items() if name not in ("data", "out")}
+        about = {"options": options, "ranks": ranks, "device": mesh.device.type, "python": platform.python_version()}
+        today = datetime.now(UTC).date().isoformat()
+        curve.write(args.out / "train_gpt.json", {**about, "torch": torch.__version__, "date": today})
         say(f"The losses are drawn in {args.out / 'train_gpt.png'}. The model writes:\n")
         say(written_by(lambda tokens: apply_without_dropout(params, tokens), args.sample, args.sequence, mesh.device))
     return curve

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_held_out_loss_falls_and_is_drawn(rhyme, capsys):
     assert [step for step, _ in curve] == [0, *range(3, 25, 3)]
     assert curve[-1][1] < 0.6 * curve[0][1], curve
     assert (rhyme.parent / "out" / "train_gpt.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((rhyme.parent / "out" / "train_gpt.json").read_text())["held_out"] == [list(x) for x in curve]
     output = capsys.readouterr().out
     assert "ZeRO-3 over data=1" in output
     assert "class " in output, "no sample"
