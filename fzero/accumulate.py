@@ -4,14 +4,15 @@
                          sum += value, gradients                   gradients as pieces: sharded sums
 
 Eagerly this is that loop. Inside a trace the body is traced by itself, once however large n is, and one
-node of the outer graph, `run_loop`, stands for all its rounds. Both add the same numbers in the same order.
+node of the outer graph, `run_loop`, stands for all its rounds. Both add the same numbers in the same order,
+from zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -21,10 +22,9 @@ from fzero._torch import FakeTensor, disable_proxy_modes_tracing, get_proxy_mode
 from fzero.autodiff import ValueAndGrad
 from fzero.errors import BatchError, TraceError
 from fzero.layout import Placement, Sharded
+from fzero.marks import marks_of
+from fzero.program.loop import Kind, part_of, run_loop
 from fzero.program.trace import check_keyed, graph_of, results
-
-# What becomes of a tensor that the body returns: added up, concatenated along dimension 0, or the same each round.
-Kind = Literal["sum", "stack", "same"]
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ def accumulate(f: Callable[..., Any], n: int) -> Callable[..., Any]:
 
         index = torch.arange(n, dtype=torch.int32, device=_device(whole, batch))
         if get_proxy_mode() is None or any(is_functorch_wrapped(x) for x in (*whole, *batch)):
-            terms = run_loop(body, lambda: recipes[0].kinds, index, whole, batch)
+            terms = _run(body, lambda: recipes[0].kinds, index, whole, batch)
         else:
             terms = _record(body, lambda: recipes[0].kinds, index, whole, batch)
         return recipes[0].finish(terms, n)
@@ -91,42 +91,35 @@ def accumulate(f: Callable[..., Any], n: int) -> Callable[..., Any]:
     return accumulated
 
 
-def run_loop(
+def _run(
     body: Callable[[list[Tensor]], list[Tensor]],
-    kinds: Callable[[], Sequence[Kind]] | Sequence[Kind],
+    kinds: Callable[[], Sequence[Kind]],
     index: Tensor,
     whole: Sequence[Tensor],
     batch: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Run the body once for each micro-batch and collect what it returns.
+    """Run the body as it is. What it sums is known after its first round."""
+    n = index.shape[0]
+    first = body([index[0], *whole, *(part_of(x, 0, n) for x in batch)])
+    known = kinds()
+    sums = [term + torch.zeros_like(term) for term, kind in zip(first, known, strict=True) if kind == "sum"]
+    ready = iter([first])
 
-    Args:
-        body: `[index, *whole, *batch] -> terms`; may empty the list.
-        kinds: one for each term, or a function that tells them once the body has run.
-        index: int32 of shape (n,), the numbers of the micro-batches.
-        whole: tensors that every round sees.
-        batch: tensors that are split along dimension 0.
+    def added(inputs: list[Tensor]) -> list[Tensor]:
+        before, rest = inputs[: len(sums)], inputs[len(sums) :]
+        terms = next(ready, None)
+        if terms is not None:
+            so_far = iter(before)
+            return [next(so_far) if kind == "sum" else term for term, kind in zip(terms, known, strict=True)]
+        return _added(body(rest), known, before)
 
-    Returns:
-        One tensor for each term.
-    """
-    n, totals, stacks = index.shape[0], [], {}
-    for i in range(n):
-        parts = [x.narrow(0, i * (x.shape[0] // n), x.shape[0] // n) for x in batch]
-        terms = body([index[i], *whole, *parts])
-        if i == 0:
-            known = kinds() if callable(kinds) else kinds
-            totals = list(terms)
-            stacks = {at: [terms[at]] for at, kind in enumerate(known) if kind == "stack"}
-            continue
-        for at, kind in enumerate(known):
-            if kind == "sum":
-                totals[at] = totals[at] + terms[at]
-            elif kind == "stack":
-                stacks[at].append(terms[at])
-    for at, stack in stacks.items():
-        totals[at] = torch.cat(stack)
-    return totals
+    return run_loop(added, known, index, sums, whole, batch)
+
+
+def _added(terms: Sequence[Tensor], kinds: Sequence[Kind], sums: Sequence[Tensor]) -> list[Tensor]:
+    """Return the terms of a round, with the sums so far added to those that are summed."""
+    rest = iter(sums)
+    return [next(rest) + term if kind == "sum" else term for term, kind in zip(terms, kinds, strict=True)]
 
 
 def _record(
@@ -139,15 +132,44 @@ def _record(
     """Trace the body once, and put a call of `run_loop` into the graph that is being traced."""
     n = index.shape[0]
     with disable_proxy_modes_tracing():
-        parts = [x.narrow(0, 0, x.shape[0] // n) for x in batch]
+        parts = [part_of(x, 0, n) for x in batch]
         module = graph_of(lambda *inputs: body(list(inputs)), [index[0], *whole, *parts])
         check_keyed(module)
         _check_closed(module)
-        totals = []
-        for term, kind in zip(_outputs(module), kinds(), strict=True):
-            shape = (term.shape[0] * n, *term.shape[1:]) if kind == "stack" else term.shape
-            totals.append(torch.empty(shape, dtype=term.dtype, device=term.device))
-    return record_call(run_loop, (module, tuple(kinds()), index, list(whole), list(batch)), totals)
+        known = tuple(kinds())
+        _add_up(module, known)
+        shapes = [
+            ((term.shape[0] * n, *term.shape[1:]) if kind == "stack" else term.shape, term)
+            for term, kind in zip(_outputs(module), known, strict=True)
+        ]
+        totals = [torch.empty(shape, dtype=term.dtype, device=term.device) for shape, term in shapes]
+    sums = [
+        torch.zeros(total.shape, dtype=total.dtype, device=total.device)
+        for total, kind in zip(totals, known, strict=True)
+        if kind == "sum"
+    ]
+    return record_call(run_loop, (module, known, index, sums, list(whole), list(batch)), totals)
+
+
+def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:
+    """Give the body inputs for the sums so far, in front of its others, and add its terms to them."""
+    graph, terms = module.graph, results(module)
+    output, added = graph.output_node(), []
+    first = next(iter(graph.nodes))
+    for at, (term, kind) in enumerate(zip(terms, kinds, strict=True)):
+        if kind == "sum":
+            with graph.inserting_before(first):
+                so_far = graph.placeholder(f"sum_{at}")
+            so_far.meta = {"val": torch.empty_like(term.meta["val"], memory_format=torch.contiguous_format)}
+            with graph.inserting_before(output):
+                total = graph.call_function(torch.ops.aten.add.Tensor, (so_far, term))
+            # The marks of what is added tell where it belongs.
+            total.meta = {"val": torch.empty_like(so_far.meta["val"]), "custom": dict(marks_of(term))}
+            added.append(total)
+        else:
+            added.append(term)
+    output.args = (added,)
+    module.meta["donated"] = frozenset(range(sum(kind == "sum" for kind in kinds)))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import CotangentError
+from fzero.marks import mark, mark_line
 from fzero.peers import together
 from fzero.primal import Opened, Reduce, is_float
 
@@ -134,10 +135,11 @@ def _vjp(
         gradients: list[Tensor | None] = [None] * size
         # With grad mode on, torch takes formulas that can be differentiated again: other bits, more memory.
         last_order = plain and not any(_is_tracked(c) for c in cotangents)
-        with torch.no_grad() if last_order else contextlib.nullcontext():
+        with mark(phase="backward"), torch.no_grad() if last_order else contextlib.nullcontext():
+            mark_line()
             for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
                 gradients[i] = gradient
-        return opened.gradients(gradients, reduce)
+            return opened.gradients(gradients, reduce)
 
     return output, pullback, aux
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fzero._torch import c10d
+from fzero.marks import mark
 from fzero.mesh import Mesh
 
 # Up to this many received elements an all-reduce is one all-gather and a sum: fewer messages.
@@ -95,10 +96,31 @@ def _sum_parts(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
+# The sum as one operator, so that a program shows it, and its passes see it, as one thing.
+torch.library.define(
+    "fzero::sum_parts", "(Tensor x, int parts, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def _sum_parts_impl(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    if parts == 2 and dtype == x.dtype:  # torch adds two bfloat16 in float32 and rounds once: the same bits, one pass
+        return torch.add(*x.chunk(2))
+    return _sum_parts(x, parts, dtype)
+
+
+torch.library.impl("fzero::sum_parts", ("cpu", "cuda"), _sum_parts_impl)
+
+
+@torch.library.register_fake("fzero::sum_parts")
+def _(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0] // parts, *x.shape[1:]), dtype=dtype)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), mesh.size(axis), mesh.group(axis)))
+        with mark(axis=axis):
+            return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), mesh.size(axis), mesh.group(axis)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,10 +145,12 @@ class _ReduceScatter(torch.autograd.Function):
         ranks, group = mesh.size(axis), mesh.group(axis)
         if x.device.type == "cuda" or mesh.simulated:
             wide = x.to(dtype).contiguous()
-            return c10d.wait_tensor(c10d.reduce_scatter_tensor(wide, "sum", ranks, group))
+            with mark(axis=axis):
+                return c10d.wait_tensor(c10d.reduce_scatter_tensor(wide, "sum", ranks, group))
         splits = [x.shape[0] // ranks] * ranks
-        received = c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, group))
-        return _sum_parts(received, ranks, dtype)
+        with mark(axis=axis):
+            received = c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, group))
+        return torch.ops.fzero.sum_parts(received, ranks, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,7 +177,8 @@ class _AllToAll(torch.autograd.Function):
     def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
         ranks = mesh.size(axis)
         splits = [x.shape[0] // ranks] * ranks
-        return c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, mesh.group(axis)))
+        with mark(axis=axis):
+            return c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, mesh.group(axis)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fzero import tree
 from fzero.deferred import deferred, without_parameters
 from fzero.errors import BufferWriteError, TreeError
+from fzero.marks import blocks_marked
 
 Tree = dict[str, Any]
 
@@ -140,7 +141,8 @@ def _run(
     call: _Call, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Tensor]]:
     tensors = {f"module.{name}": t for name, t in (*params.items(), *buffers.items())}
-    out, after = torch.func.functional_call(call, tensors, args, kwargs)
+    with blocks_marked(call.module):
+        out, after = torch.func.functional_call(call, tensors, args, kwargs)
     return out, after
 
 

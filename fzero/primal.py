@@ -19,6 +19,7 @@ from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import LayoutError
 from fzero.keyed import drawing_from
 from fzero.layout import Sharded, check_not_simulated
+from fzero.marks import mark
 from fzero.pieces import join, reduce_leaf, scaled
 
 Reduce = Literal["mean", "sum"]
@@ -152,12 +153,13 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
     placement = params.placement.cut_over(params.layout.gradient_cut)
     pieces: list[Tensor | None] = []
     taken: set[int] = set()
-    for leaf, spec in zip(leaves, placement.specs, strict=True):
+    for path, leaf, spec in zip(params.paths, leaves, placement.specs, strict=True):
         if leaf is None:
             pieces.append(None)
             continue
         dtype = leaf.dtype if policy is None else policy.reduce
-        piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
+        with mark(role="reduce", leaf=path):
+            piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
         # Autograd gives two leaves one tensor where their gradients are equal, and pieces may be donated.
         shared = not is_functorch_wrapped(piece) and storage_id(piece) in taken
         pieces.append(piece.clone() if shared else piece)
@@ -175,13 +177,15 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
 def gathered(primal: Primal) -> list[Tensor]:
     """Return the full leaves of a primal, in its policy's compute dtype. Differentiable in the pieces."""
     params, full = primal.params, []
+    again = params.layout.stage == 3
     check_not_simulated(params, "fz")
     for path, piece, spec in zip(params.paths, params.pieces, params.placement.specs, strict=True):
         if piece is None:
             raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
-        if params.policy is not None and piece.is_floating_point() and params.factor is None:
-            piece = piece.to(params.policy.compute)
-        leaf = join(piece, spec, params.mesh)
+        with mark(role="gather", leaf=path, again=again):
+            if params.policy is not None and piece.is_floating_point() and params.factor is None:
+                piece = piece.to(params.policy.compute)
+            leaf = join(piece, spec, params.mesh)
         full.append(leaf if params.factor is None else scaled(leaf, params.factor))
     return full
 

@@ -242,8 +242,8 @@ def test_the_body_is_traced_once_and_the_graph_does_not_grow():
         for _ in range(2):
             step(state, x)
         assert runs == [ROWS // n], "one trace, of one micro-batch"
-        module = step.programs[0].trace.module
-        sizes[n] = [len(graph.graph.nodes) for graph in (module, *module.children()) if hasattr(graph, "graph")]
+        trace = step.programs[0].trace
+        sizes[n] = [len(t.module.graph.nodes) for t in (trace, *trace.bodies.values())]
     assert len(sizes[2]) == 2, "the step, and the body of its loop"
     assert sizes[2] == sizes[4] == sizes[8]
 

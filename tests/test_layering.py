@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fzero"
 # A file imports only from entries above its own; a package is one entry. Files on one line are one entry.
 ORDER = [
     "tree",
+    "marks",
     "mesh",
     "peers",
     "policy",

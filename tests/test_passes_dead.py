@@ -11,8 +11,9 @@ from torch import Tensor
 
 import fzero as fz
 from fzero.collectives import all_gather, all_reduce
+from fzero.program.options import Options
 from fzero.program.passes.dead import dead
-from fzero.program.trace import bodies
+from fzero.program.pipeline import applied
 from tests.small import assert_same_bits
 from tests.test_program_trace import run, targets, traced
 
@@ -58,12 +59,12 @@ every_case = pytest.mark.parametrize(("f", "left"), CASES.values(), ids=CASES.ke
 
 @every_case
 def test_what_is_used_or_writes_is_left(f: Callable[..., Any], left: list[str]) -> None:
-    assert sorted(targets(dead(traced(f, A, B)).module)) == sorted(left)
+    assert sorted(targets(dead(traced(f, A, B), Options()).module)) == sorted(left)
 
 
 @every_case
 def test_values_and_inputs_are_those_of_the_function(f: Callable[..., Any], left: list[str]) -> None:
-    trace = dead(traced(f, A, B))
+    trace = dead(traced(f, A, B), Options())
     assert trace.inputs == ("0", "1")
     if f is not with_unused_collectives:
         x, x_eager = A.clone(), A.clone()
@@ -74,11 +75,11 @@ def test_values_and_inputs_are_those_of_the_function(f: Callable[..., Any], left
 def test_the_pass_is_pure_and_deterministic(f: Callable[..., Any], left: list[str]) -> None:
     trace = traced(f, A, B)
     before = str(trace.module.graph)
-    once, again = dead(trace), dead(trace)
+    once, again = dead(trace, Options()), dead(trace, Options())
     assert str(trace.module.graph) == before
     assert once.module is not trace.module
     assert str(once.module.graph) == str(again.module.graph)
-    assert targets(dead(once).module) == targets(once.module), "twice is once"
+    assert targets(dead(once, Options()).module) == targets(once.module), "twice is once"
 
 
 def test_bodies_of_loops_are_swept_too() -> None:
@@ -87,8 +88,8 @@ def test_bodies_of_loops_are_swept_too() -> None:
         return (w * x).sum()
 
     trace = traced(fz.accumulate(fz.value_and_grad(loss), 2), A[:3], A.view(2, 3))
-    (body,) = bodies(trace.module)
-    assert any("all_gather" in target for target in targets(body))
-    (swept,) = bodies(dead(trace).module)
-    assert not any("c10d" in target for target in targets(swept))
-    assert any("all_gather" in target for target in targets(body)), "and the original was left alone"
+    (body,) = trace.bodies.values()
+    assert any("all_gather" in target for target in targets(body.module))
+    (swept,) = applied(dead, trace, Options()).bodies.values()
+    assert not any("c10d" in target for target in targets(swept.module))
+    assert any("all_gather" in target for target in targets(body.module)), "and the original was left alone"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fzero.kernels.adamw import adamw, adamw_scalars
 from fzero.program.lower import lower_graph
+from fzero.program.options import Options
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
 from fzero.program.trace import Trace
@@ -21,6 +22,7 @@ P, M, V, G = (torch.linspace(k, k + 1.0, 8) for k in range(4))
 KEYS = torch.zeros(2, dtype=torch.int32)
 SCALARS = adamw_scalars(int32(0), lr=0.1, b1=0.9, b2=0.999, weight_decay=0.1)
 STATE = frozenset({0, 1, 2})
+OPTIONS = Options()
 
 
 def update(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +103,7 @@ every_case = pytest.mark.parametrize(("f", "donated", "in_place", "plain"), CASE
 
 
 def passed(f: Callable[..., Any], donated: frozenset[int]) -> Trace:
-    return donate(dead(traced(f, P, M, V, G, donated=donated)))
+    return donate(dead(traced(f, P, M, V, G, donated=donated), OPTIONS), OPTIONS)
 
 
 @every_case
@@ -131,9 +133,9 @@ def test_results_are_those_of_the_function_and_what_is_kept_stays(
 def test_the_pass_is_pure_and_deterministic(
     f: Callable[..., Any], donated: frozenset[int], in_place: int, plain: int
 ) -> None:
-    trace = dead(traced(f, P, M, V, G, donated=donated))
+    trace = dead(traced(f, P, M, V, G, donated=donated), OPTIONS)
     before = str(trace.module.graph)
-    once, again = donate(trace), donate(trace)
+    once, again = donate(trace, OPTIONS), donate(trace, OPTIONS)
     assert str(trace.module.graph) == before
     assert str(once.module.graph) == str(again.module.graph)
 
@@ -147,5 +149,5 @@ def test_new_values_lie_in_donated_memory() -> None:
 
 def test_a_donated_input_is_returned_without_a_copy_and_a_kept_one_with() -> None:
     for donated, copies in ((frozenset({0}), 0), (frozenset[int](), 1)):
-        trace = donate(traced(lambda x: x, P, donated=donated))
+        trace = donate(traced(lambda x: x, P, donated=donated), OPTIONS)
         assert targets(trace.module).count("aten.clone.default") == copies

@@ -12,4 +12,5 @@ import fzero.kernels.adamw  # noqa: F401 - defines the ops
 # of the results of the first).
 IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
     torch.ops.fzero.adamw.default: (torch.ops.fzero.adamw_.default, (0, 1, 2)),
+    torch.ops.aten.add.Tensor: (torch.ops.aten.add_.Tensor, (0,)),
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 from fzero import tree
 from fzero.errors import LayoutError, PolicyError, TreeError
 from fzero.layout import Sharded, place, zero
+from fzero.marks import mark
 from fzero.mesh import Mesh
 from fzero.pieces import Spec, join_block, own_piece
 from fzero.random import bits, fold, remix, round_stochastic, shift_right, signed, step_keys
@@ -160,9 +161,10 @@ class Elementwise(Optimizer):
                 new_moments.append(moments)
                 continue
             stored_whole = spec.cut != params.placement.specs[i].cut
-            own = own_piece(piece, spec, mesh) if stored_whole else piece
-            new, *moved = self.update_piece(own, moments, gradient, leaf, shared)
-            new_pieces.append(join_block(new, spec, mesh) if stored_whole else new)
+            with mark(role="update", leaf=leaf.path):
+                own = own_piece(piece, spec, mesh) if stored_whole else piece
+                new, *moved = self.update_piece(own, moments, gradient, leaf, shared)
+                new_pieces.append(join_block(new, spec, mesh) if stored_whole else new)
             new_moments.append(tuple(moved))
         states = [moment.replace(pieces=tuple(row[k] for row in new_moments)) for k, moment in enumerate(opt_state)]
         return params.replace(pieces=tuple(new_pieces)), self.state_type(*states)

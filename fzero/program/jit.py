@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,26 +22,21 @@ from fzero.layout import Sharded
 from fzero.peers import together
 from fzero.program import donation
 from fzero.program.lower import lower_graph
-from fzero.program.passes.dead import dead
-from fzero.program.passes.donate import donate as donate_memory
+from fzero.program.options import Options
+from fzero.program.pipeline import run_passes
 from fzero.program.program import Program
 from fzero.program.trace import trace_flat
 
-# In this order: memory can be overwritten where nobody reads it later, so what nobody uses goes first.
-PASSES = (dead, donate_memory)
-
 logger = logging.getLogger(__name__)
-
-Lower = Literal["graph"]
 
 
 class Jitted:
     """A function that runs as programs; made by `jit`."""
 
-    def __init__(self, f: Callable[..., Any], donate: tuple[int, ...], lower: Lower):
+    def __init__(self, f: Callable[..., Any], donate: tuple[int, ...], options: Options):
         self.f = f
         self.donate = donate
-        self.lower = lower
+        self.options = options
         self.calls = 0
         self._programs: dict[Any, Program] = {}
         self._last: _Signature | None = None
@@ -109,9 +104,8 @@ class Jitted:
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
         examples = _on_device(leaves, signature.simulated_on)
         trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
-        for run_pass in PASSES:
-            trace = run_pass(trace)
-        return Program(self.name, trace, lower_graph(trace.module), cause)
+        trace, stages = run_passes(trace, self.options)
+        return Program(self.name, trace, lower_graph(trace.module, trace.bodies), cause, stages)
 
 
 class _Signature:
@@ -163,7 +157,7 @@ class _Signature:
         return entries
 
 
-def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), lower: Lower = "graph") -> Any:
+def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), **options: Any) -> Any:
     """Return `f` as a function that is traced once for each signature and then runs as one program.
 
     Args:
@@ -171,7 +165,8 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
             and part of the signature. Left out, `jit` is a decorator: `@fz.jit(donate=(0,))`.
         donate: positions of arguments whose memory the call may reuse, from its start, also when it fails.
             Reading such a tensor afterwards raises `DonatedError`.
-        lower: `"graph"`: straight-line Python.
+        **options: how the program is made; each of `fzero.program.options.Options`: `lower=`, `remat=`,
+            `keep_gathered=`, `bucket=`, `overlap=`.
 
     Returns:
         The jitted function. Its results are bitwise those of `f`. `.programs` holds what was traced; a new
@@ -190,15 +185,17 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
         1
     """
     if f is None:
-        return functools.partial(jit, donate=donate, lower=lower)
-    if lower != "graph":
-        raise ValueError(f"fz.jit: lower={lower!r} is not known. Use 'graph'.")
+        return functools.partial(jit, donate=donate, **options)
+    if unknown := options.keys() - set(Options.names()):
+        raise TypeError(
+            f"fz.jit: there is no option {min(unknown)!r}. Options are donate, {', '.join(Options.names())}."
+        )
     if isinstance(f, Jitted):
         f = f.f
     positions = (donate,) if isinstance(donate, int) else tuple(donate)
     if any(position < 0 for position in positions):
         raise ValueError(f"fz.jit: donate={donate!r}; positions of arguments count from 0.")
-    return Jitted(f, positions, lower)
+    return Jitted(f, positions, Options(**options))
 
 
 def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:

@@ -13,31 +13,34 @@ Each line calls the operator itself: the overhead is that of eager PyTorch.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fzero._torch import OpOverload
+from fzero.program.trace import Trace
 
 Lowered = Callable[[list[Tensor]], list[Tensor]]
 
 
-def lower_graph(module: fx.GraphModule) -> Lowered:
+def lower_graph(module: fx.GraphModule, bodies: Mapping[str, Trace] | None = None) -> Lowered:
     """Return the graph as a function of a list of inputs, which it empties.
 
     Args:
         module: a graph whose output is a list of tensors.
+        bodies: the loop bodies that it refers to.
     """
-    source, scope = python_source(module)
+    loops = {name: lower_graph(body.module, body.bodies) for name, body in (bodies or {}).items()}
+    source, scope = python_source(module, loops)
     exec(compile(source, f"<program {id(module):x}>", "exec"), scope)
     return scope["program"]
 
 
-def python_source(module: fx.GraphModule) -> tuple[str, dict[str, Any]]:
+def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = None) -> tuple[str, dict[str, Any]]:
     """Return the lines of a graph, and the names that they refer to."""
-    scope = _Scope(module)
+    scope = _Scope(module, loops or {})
     last = _last_uses(module.graph)
     lines, inputs = [], []
     for node in module.graph.nodes:
@@ -68,8 +71,9 @@ def python_source(module: fx.GraphModule) -> tuple[str, dict[str, Any]]:
 class _Scope:
     """The names that generated code refers to: one for each object."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, loops: Mapping[str, Lowered]) -> None:
         self.module = module
+        self.loops = loops
         self.values: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "torch": torch}
         self.locals = {node.name for node in module.graph.nodes}
         self.known: dict[int, str] = {}
@@ -81,14 +85,15 @@ class _Scope:
             name, count = base, 1
             while name in self.values or name in self.locals:
                 name, count = f"{base}_{count}", count + 1
-            self.values[name] = lower_graph(value) if isinstance(value, fx.GraphModule) else value
+            self.values[name] = value
             self.known[id(value)] = name
         return self.known[id(value)]
 
     def text(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
             if argument.op == "get_attr":
-                return self.name(_attribute(self.module, str(argument.target)), str(argument.target))
+                name = str(argument.target)
+                return self.name(self.loops.get(name) or _attribute(self.module, name), name)
             return argument.name
         if isinstance(argument, tuple):
             return f"({''.join(self.text(a) + ', ' for a in argument)})"

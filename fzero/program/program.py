@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fzero._torch import readable
 from fzero.program.lower import Lowered
+from fzero.program.pipeline import Stage
 from fzero.program.trace import Trace
 
 
@@ -22,12 +23,14 @@ class Program:
         trace: the graph after all passes.
         run: the graph as a function of its flat inputs, which it empties.
         cause: what made this trace necessary: `"first call"`, or how the arguments differ from the last trace's.
+        stages: what each pass bought, in order.
     """
 
     name: str
     trace: Trace
     run: Lowered
     cause: str
+    stages: tuple[Stage, ...] = ()
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on flat inputs; return the output's tree."""

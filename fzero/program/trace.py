@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fzero import tree
 from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, make_fx
 from fzero.errors import RandomOpError, TraceError
 from fzero.keyed import draws
+from fzero.marks import recorded
+from fzero.program.aliases import record_aliases
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class Trace:
             to date by the passes: a lowering reads the graph.
         inputs: the path of each input in the arguments.
         donated: positions of inputs whose memory may be overwritten.
-        output: the output's tree without its tensors.
+        output: the output's tree without its tensors; `None` for the body of a loop, which returns a list.
+        bodies: the loop bodies that the graph refers to, by the name of the attribute.
     """
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
     donated: frozenset[int]
-    output: tree.Hollow
+    output: tree.Hollow | None
+    bodies: Mapping[str, Trace] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Trace:
         """Return a copy with some attributes changed."""
@@ -75,7 +79,7 @@ def trace_flat(
 
     module = graph_of(flat, examples)
     check_keyed(module)
-    return Trace(_named(module, paths), tuple(paths), donated, outputs[0])
+    return Trace(_named(module, paths), tuple(paths), donated, outputs[0], _bodies(module))
 
 
 def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> fx.GraphModule:
@@ -90,7 +94,8 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
     try:
-        return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+        with recorded():
+            return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except DATA_DEPENDENT_ERRORS as error:
         raise TraceError(
             f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
@@ -120,20 +125,28 @@ def results(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a module with a copy of the graph, and of the graphs of loop bodies in it. Constants are shared."""
+    """Return a module with a copy of the graph. Constants are shared."""
     graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    new = fx.GraphModule(module, graph)
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    return _Uncompiled(module, graph)
+
+
+class _Uncompiled(fx.GraphModule):
+    """A graph and its constants, without the code that torch.fx would write for each new graph."""
+
+    def recompile(self) -> Any:
+        return None
+
+
+def _bodies(module: fx.GraphModule) -> dict[str, Trace]:
+    """Return the loop bodies of a graph as traces."""
+    found = {}
     for name, body in module.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(new, name, copied(body))
-    return new
-
-
-def bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """Iterate over the loop bodies of a graph."""
-    return (child for child in module.children() if isinstance(child, fx.GraphModule))
+            inputs = [node.name for node in body.graph.find_nodes(op="placeholder")]
+            found[name] = Trace(_named(body, inputs), tuple(inputs), body.meta["donated"], None, _bodies(body))
+    return found
 
 
 def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
@@ -146,8 +159,9 @@ def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
             mapping[node] = graph.placeholder(name if name.isidentifier() else f"arg{name}")
             mapping[node].meta = dict(node.meta)
         else:
-            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    return fx.GraphModule(module, graph)
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    record_aliases(graph)
+    return _Uncompiled(module, graph)
 
 
 def _hint(error: BaseException) -> str:

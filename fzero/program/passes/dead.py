@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from torch import fx
 
-from fzero.program.trace import Trace, bodies, copied
+from fzero.program.options import Options
+from fzero.program.trace import Trace, copied
 
 
-def dead(trace: Trace) -> Trace:
+def dead(trace: Trace, options: Options) -> Trace:
     """Return the trace without the nodes whose results nobody uses."""
     module = copied(trace.module)
-    _sweep(module)
+    sweep(module.graph)
     return trace.replace(module=module)
 
 
-def _sweep(module: fx.GraphModule) -> None:
-    for node in reversed(list(module.graph.nodes)):
+def sweep(graph: fx.Graph) -> None:
+    """Take the nodes whose results nobody uses out of a graph."""
+    for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users and not _writes(node):
-            module.graph.erase_node(node)
-    for body in bodies(module):
-        _sweep(body)
+            graph.erase_node(node)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -1,0 +1,139 @@
+"""What traced operations are for: marks that the passes over a program read.
+
+While a function is traced, every node of the graph keeps the marks that stood around the operation that made it:
+
+    leaf     path of the parameter that is gathered or reduced here
+    role     "gather": pieces into a leaf the function sees; "reduce": a gradient into its piece
+    again    with "gather": whether it may be repeated for the backward, as ZeRO-3 does
+    axis     mesh axis of a collective
+    block    the module that the forward runs in: an element of the outermost ModuleList or Sequential
+    phase    "backward" inside a pullback
+    line     where the user's code called the operation
+
+Outside of a trace marks cost a look at one flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback
+from torch.overrides import TorchFunctionMode
+
+from fzero._torch import get_proxy_mode
+
+_OWN = __file__.rpartition("/")[0] + "/"
+_TORCH = torch.__path__[0] + "/"
+# Frames between an operation and the line that the user wrote.
+_SKIPPED = (_TORCH, _OWN, contextlib.__file__, "<")
+
+
+@contextlib.contextmanager
+def _marked(marks: dict[str, Any]) -> Iterator[None]:
+    with traceback.annotate(marks):
+        yield
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def mark(**marks: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context: operations traced inside it carry these marks, over those around it."""
+    return _NOTHING if get_proxy_mode() is None else _marked(marks)
+
+
+def marks_of(node: fx.Node) -> dict[str, Any]:
+    """Return the marks of a node."""
+    found: dict[str, Any] = node.meta.get("custom", {})
+    return found
+
+
+def line_of(node: fx.Node) -> tuple[str, int, str] | None:
+    """Return file, line and function of the user's code that a node came from, where that is known."""
+    return marks_of(node).get("line")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Inside, nodes that are traced keep marks, and the lines of the user's code that they come from."""
+    with traceback.preserve_node_meta(), _Lines():
+        yield
+
+
+class _Lines(TorchFunctionMode):
+    """Marks each operation with the innermost line that is neither torch's nor fzero's."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mark_line()
+        return func(*args, **(kwargs or {}))
+
+
+def mark_line() -> None:
+    """Mark what is traced from here on with the line of the user's code that is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+        frame = frame.f_back
+    if frame is not None:
+        code = frame.f_code
+        custom = traceback.current_meta.get("custom", {})
+        # A new dict: nodes made before share the old one.
+        traceback.current_meta["custom"] = {**custom, "line": (code.co_filename, frame.f_lineno, code.co_qualname)}
+
+
+@contextlib.contextmanager
+def blocks_marked(module: nn.Module) -> Iterator[None]:
+    """Inside a trace, mark what each block of `module` does with the block's name."""
+    if get_proxy_mode() is None:
+        yield
+        return
+    handles = []
+    inside: list[contextlib.ExitStack] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stack = contextlib.ExitStack()
+            stack.enter_context(_marked({"block": name}))
+            inside.append(stack)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        inside.pop().close()
+
+    for name, block in blocks_of(module):
+        handles.append(block.register_forward_pre_hook(enter(name)))
+        handles.append(block.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of a module with their names: what the outermost lists and sequences hold.
+
+    Only elements with parameters count, and each module once.
+
+    Example:
+        >>> [name for name, _ in blocks_of(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Tanh()])}))]
+        ['layers.0']
+    """
+    found: dict[nn.Module, str] = {}
+
+    def visit(name: str, parent: nn.Module) -> None:
+        for key, child in parent.named_children():
+            path = f"{name}.{key}" if name else key
+            if isinstance(parent, nn.ModuleList | nn.Sequential):
+                if next(child.parameters(), None) is not None:
+                    found.setdefault(child, path)
+            else:
+                visit(path, child)
+
+    visit("", module)
+    return [(name, block) for block, name in found.items()]

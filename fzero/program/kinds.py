@@ -1,0 +1,193 @@
+"""What the memory of a program is for: a kind for each buffer.
+
+    params, moments     what stays between steps: inputs that hold it, and what an update makes of it
+    gathered            full leaves, from the cast of a piece on
+    activations         made in the forward, or again for the backward, and read by the backward
+    gradients           full gradients, packed ones, and the pieces that they are reduced to
+    inputs              the other arguments, and tensors that the function closes over
+    other               what lives from one operation to the next
+
+A full gradient is what a reduction or an update reads, and what leads to that by steps that only reshape, cast, add
+or pack: before those stand cotangents of activations, which are "other".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fzero import tree
+from fzero._torch import OpOverload
+from fzero.kernels.in_place import IN_PLACE
+from fzero.layout import Sharded
+from fzero.marks import marks_of
+from fzero.program.aliases import alias_of
+from fzero.program.loop import run_loop
+from fzero.program.trace import Trace, results
+from fzero.program.values import Values, tensors_of
+
+KINDS = ("params", "moments", "gathered", "activations", "gradients", "inputs", "other")
+# What stays between steps. "state" is the rest of a state: step, seed, loss scale.
+AT_REST = ("params", "moments", "state")
+
+# Operations whose result is a gradient of the size of what went in, or several of them side by side.
+_CARRIES = frozenset(
+    (
+        torch.ops.aten._to_copy.default,
+        torch.ops.aten.clone.default,
+        torch.ops.aten.constant_pad_nd.default,
+        torch.ops.aten.cat.default,
+    )
+)
+
+
+def kinds_in(arguments: Any) -> tuple[str, ...]:
+    """Return, for each tensor of a tree, what it is for.
+
+    A `Sharded` holds params, or gradients if it has a factor. A state is what has params that are a `Sharded`, and
+    moments.
+
+    Example:
+        >>> kinds_in({"batch": torch.ones(2)})
+        ('inputs',)
+    """
+    found: list[str] = []
+    for node in tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Sharded) or _is_state(x)):
+        if isinstance(node, Sharded):
+            kind = "params" if node.factor is None else "gradients"
+            found += [kind for x in tree.leaves(node) if isinstance(x, Tensor)]
+        elif _is_state(node):
+            for path, leaf in zip(tree.paths(node), tree.leaves(node), strict=True):
+                part = path.partition(".")[0]
+                if isinstance(leaf, Tensor):
+                    found.append(part if part in ("params", "moments") else "state")
+        elif isinstance(node, Tensor):
+            found.append("inputs")
+    return tuple(found)
+
+
+def _is_state(x: Any) -> bool:
+    return not isinstance(x, Tensor) and isinstance(getattr(x, "params", None), Sharded) and hasattr(x, "moments")
+
+
+def kinds_of(trace: Trace, values: Values) -> list[str]:
+    """Return the kind of each buffer of a trace, one of `KINDS`."""
+    graph = trace.module.graph
+    late = _late(graph)
+    gradients = _gradients(graph, late)
+    for_backward = _read_by(values, lambda n: marks_of(n).get("phase") == "backward")
+    for_late = _read_by(values, lambda n: n in late)
+    kinds = ["other"] * len(values.size)
+
+    def kind_of(node: fx.Node, buffer: int) -> str:
+        marks = marks_of(node)
+        if marks.get("role") == "gather":
+            return "gathered"
+        if node in gradients or marks.get("role") == "reduce":
+            return "gradients"
+        read = for_late if marks.get("repeated") else for_backward
+        return "activations" if node not in late and buffer in read else "other"
+
+    inputs = iter(trace.kinds or ["inputs"] * len(trace.inputs))
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            kind = next(inputs)
+            kind = kind if kind in KINDS else "other"
+            for b in values.makes[node]:
+                kinds[b] = kind
+        elif node.op == "get_attr":
+            for b in values.makes[node]:
+                kinds[b] = "inputs"
+        elif node.op == "call_function":
+            for b in values.makes[node]:
+                kinds[b] = kind_of(node, b)
+            if node.target in IN_PLACE and marks_of(node).get("role") == "update":
+                for b, target in zip(values.makes[node], _targets(node), strict=False):
+                    kinds[b] = kinds[values.holds[target][0]]
+    _name_results(trace, values, kinds, late)
+    return kinds
+
+
+def _name_results(trace: Trace, values: Values, kinds: list[str], late: set[fx.Node]) -> None:
+    """Give the memory of a new state, where it is not that of the old one, the kinds that the old one has."""
+    if trace.output is None:
+        return
+    nodes = results(trace.module)
+    for node, kind in zip(nodes, kinds_in(trace.output.fill(n.meta["val"] for n in nodes)), strict=True):
+        for b in values.holds[node]:
+            if kind in ("params", "moments") and values.owner[b] in late:
+                kinds[b] = kind
+
+
+def _late(graph: fx.Graph) -> set[fx.Node]:
+    """Return the backward and what hangs on it; what it makes again of the forward is not among it."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        marks = marks_of(node)
+        if marks.get("repeated") or node.op != "call_function":
+            continue
+        starts = marks.get("phase") == "backward" or marks.get("role") in ("reduce", "update") or node.target is run_loop
+        if starts or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _gradients(graph: fx.Graph, late: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes whose values are gradients of leaves, as the module docstring has it."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        role = marks_of(node).get("role")
+        if node.target is run_loop:
+            found.update(node.args[3])  # type: ignore[arg-type]  # sums: of gradients, and of the loss
+        elif role == "reduce":
+            found.update(source for source in node.all_input_nodes if source in late)
+        elif role == "update" or (node in found and _carries(node)):
+            size = max(_numel(node), *(_numel(source) for source in _targets(node)), 0)
+            packs = node.target is torch.ops.aten.cat.default
+            for source in node.all_input_nodes:
+                if source in late and (packs or _numel(source) == size) and marks_of(source).get("role") != "update":
+                    found.add(source)
+    return found
+
+
+def _carries(node: fx.Node) -> bool:
+    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or alias_of(node) is not None or node.target in _CARRIES
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """Return what an update overwrites, or makes anew."""
+    for functional, (in_place, positions) in IN_PLACE.items():
+        if node.target in (functional, in_place):
+            return [target for i in positions if isinstance(target := node.args[i], fx.Node)]
+    return []
+
+
+def _numel(node: fx.Node) -> int:
+    return sum(x.numel() for x in tensors_of(node)[:1] if x is not None)
+
+
+def _read_by(values: Values, reader: Any) -> set[int]:
+    return {b for node, buffers in values.reads.items() if reader(node) for b in buffers}
+
+
+def inside(trace: Trace) -> Iterator[tuple[fx.Node, Trace, int]]:
+    """Yield each loop of a graph: its node, its body, its number of rounds."""
+    for node in trace.module.graph.nodes:
+        if node.target is run_loop:
+            yield node, trace.bodies[str(node.args[0].target)], rounds_of(node)
+
+
+def rounds_of(loop: fx.Node) -> int:
+    """Return how often a loop runs its body."""
+    index = loop.args[2]
+    assert isinstance(index, fx.Node)
+    return int(index.meta["val"].shape[0])
+
+
+def vals_of(arguments: Sequence[Any]) -> Any:
+    """Return arguments of a node with fake tensors in the place of nodes."""
+    return fx.node.map_arg(tuple(arguments), lambda n: n.meta.get("val"))

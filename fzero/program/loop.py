@@ -1,0 +1,63 @@
+"""A loop over micro-batches as one node of a graph.
+
+    totals = run_loop(body, kinds, index, sums, whole, batch)
+
+The body is a graph of its own, `[*sums, index, *whole, *part of batch] -> terms`, and runs once for each micro-batch.
+A term of kind "sum" is the sum so far with this round's value added: where the body is lowered it lies in the same
+memory. A term of kind "stack" is concatenated along dimension 0; of one that is the "same" each round, the last stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["sum", "stack", "same"]
+
+
+def run_loop(
+    body: Callable[[list[Tensor]], list[Tensor]],
+    kinds: Sequence[Kind],
+    index: Tensor,
+    sums: Sequence[Tensor],
+    whole: Sequence[Tensor],
+    batch: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run the body once for each micro-batch and collect what it returns.
+
+    Args:
+        body: see above; may empty the list that it is given.
+        kinds: one for each term.
+        index: int32 of shape (n,), the numbers of the micro-batches.
+        sums: what sums start from, one for each term of that kind; may be overwritten.
+        whole: tensors that every round sees.
+        batch: tensors that are split along dimension 0.
+
+    Returns:
+        One tensor for each term.
+    """
+    n, totals = index.shape[0], list(sums)
+    stacks: list[list[Tensor]] = [[] for kind in kinds if kind == "stack"]
+    last: list[Tensor] = []
+    for i in range(n):
+        inputs = [*totals, index[i], *whole, *(part_of(x, i, n) for x in batch)]
+        totals.clear()
+        terms = body(inputs)
+        totals = [term for term, kind in zip(terms, kinds, strict=True) if kind == "sum"]
+        last = [term for term, kind in zip(terms, kinds, strict=True) if kind == "same"]
+        for stack, term in zip(
+            stacks, (t for t, kind in zip(terms, kinds, strict=True) if kind == "stack"), strict=True
+        ):
+            stack.append(term)
+        del terms
+    found = {"sum": iter(totals), "stack": (torch.cat(stack) for stack in stacks), "same": iter(last)}
+    return [next(found[kind]) for kind in kinds]
+
+
+def part_of(x: Tensor, i: int, n: int) -> Tensor:
+    """Return the i-th of n equal parts of dimension 0."""
+    size = x.shape[0] // n
+    return x.narrow(0, i * size, size)

@@ -1,0 +1,53 @@
+"""What a user may choose about a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Lower = Literal["graph", "inductor", "cudagraph"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of `fz.jit`, checked. Bytes are a rank's.
+
+    Attributes:
+        lower: how the graph is run; `None` picks by device: `"graph"` on a CPU, `"inductor"` on CUDA.
+        remat: which forward values are made again for the backward: `"none"`, `"block"` for all that a block makes
+            inside, or a number of bytes: as many blocks as it takes until what is kept for the backward is at most that.
+        keep_gathered: bytes of gathered parameters that ZeRO-3 may keep from forward to backward; the others are
+            gathered again. `math.inf` keeps all.
+        bucket: the most bytes that collectives of one block move in one call; 0 leaves each leaf its own.
+        overlap: collectives start early and are waited for late as long as the peak rises by at most this many bytes;
+            `None` starts each where it is needed.
+    """
+
+    lower: Lower | None = None
+    remat: Literal["none", "block"] | int = "none"
+    keep_gathered: float = 0
+    bucket: int = 128 * 2**20
+    overlap: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.lower not in (None, "graph", "inductor", "cudagraph"):
+            raise ValueError(f"fz.jit: lower={self.lower!r} is not known. Use 'graph', 'inductor' or 'cudagraph'.")
+        if self.remat not in ("none", "block") and not _is_count(self.remat):
+            raise ValueError(f"fz.jit: remat={self.remat!r}; expected 'none', 'block', or a number of bytes.")
+        if not (_is_count(self.keep_gathered) or self.keep_gathered == math.inf):
+            raise ValueError(f"fz.jit: keep_gathered={self.keep_gathered!r}; expected a number of bytes, or math.inf.")
+        if not _is_count(self.bucket):
+            raise ValueError(f"fz.jit: bucket={self.bucket!r}; expected a number of bytes, 0 for no buckets.")
+        if self.overlap is not None and not _is_count(self.overlap):
+            raise ValueError(f"fz.jit: overlap={self.overlap!r}; expected a number of bytes, or None for no overlap.")
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """Return the names of the choices."""
+        return tuple(f.name for f in dataclasses.fields(Options))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

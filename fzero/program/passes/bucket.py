@@ -1,0 +1,214 @@
+"""A block's collectives in one call, packed in the order of the parameters.
+
+A collective costs a latency whatever it carries; a block has a dozen leaves. Leaves of one block (of one list index in
+their paths, or of one module) that go the same way over the same axis in the same dtype share a call:
+
+    all-gathers         one coalesced call: each leaf arrives in a tensor of its own, nothing is copied
+    reduce-scatters     one coalesced call
+    all-to-all + sum    (what a reduce-scatter is on gloo) packed side by side, sent, and added as one:
+
+        grads   (N·a), (N·b), …  ──cat──▶ (N, a+b+…) ──all-to-all──▶ (N, a+b+…) ──sum──▶ (a+b+…) ──split──▶ (a), (b), …
+
+No bucket carries more than `bucket` bytes. A member never joins a bucket whose result it needs, through other buckets
+too. On NCCL the order of a sum may depend on what it is packed with: that is the one last bit a pass may move.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fzero._torch import c10d
+from fzero.marks import marks_of
+from fzero.program.build import call, mode_of
+from fzero.program.options import Options
+from fzero.program.trace import Trace, copied
+from fzero.program.values import Values, nbytes, precedences
+from fzero.program.wire import WAIT
+
+_GATHER = c10d.all_gather_into_tensor.default
+_SCATTER = c10d.reduce_scatter_tensor.default
+_EXCHANGE = c10d.all_to_all_single.default
+_SUM = torch.ops.fzero.sum_parts.default
+
+
+@dataclass
+class _Bucket:
+    key: tuple[Any, ...]
+    number: int
+    members: list[fx.Node] = field(default_factory=list)
+    size: int = 0
+    needs: int = 0  # bits: the buckets that something in this one depends on
+
+
+def bucket(trace: Trace, options: Options) -> Trace:
+    """Return the trace with the collectives of each block in one call."""
+    if not options.bucket:
+        return trace
+    trace = trace.replace(module=copied(trace.module))
+    graph = trace.module.graph
+    values = Values.of(trace)
+    before = precedences(graph, values)
+    # Donated pieces are overwritten too, but not before their last reader.
+    written = {b for node, buffers in values.writes.items() if node not in values.in_place for b in buffers}
+    fixed = {node for node in values.reads if not written.isdisjoint(values.reads[node])}
+    merged = [found for found in _collected(graph, before, fixed, options.bucket) if len(found.members) > 1]
+    mode = mode_of(graph)
+    for found in merged:
+        with graph.inserting_before(graph.output_node()):
+            _MERGE[found.key[0]](graph, mode, found.members)
+    if merged:
+        _sort(graph, before)
+    return trace
+
+
+def _collected(
+    graph: fx.Graph, before: Mapping[fx.Node, Sequence[fx.Node]], fixed: set[fx.Node], limit: int
+) -> list[_Bucket]:
+    """Sort the collectives into buckets, without a cycle between them."""
+    buckets: list[_Bucket] = []
+    open_: dict[tuple[Any, ...], _Bucket] = {}
+    needs: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        bits = 0
+        for source in (*node.all_input_nodes, *before.get(node, ())):
+            bits |= needs[source]
+        key = None if node in fixed else _key(node)
+        if key is not None:
+            size, all_needed = _wire_bytes(node), _closure(bits, buckets)
+            found = open_.get(key)
+            if found is None or found.size + size > limit or all_needed >> found.number & 1:
+                found = open_[key] = _Bucket(key, len(buckets))
+                buckets.append(found)
+            found.members.append(node)
+            found.size += size
+            found.needs |= bits
+            bits |= 1 << found.number
+        needs[node] = bits
+    return buckets
+
+
+def _closure(bits: int, buckets: list[_Bucket]) -> int:
+    """Return the bits of all buckets that these depend on, themselves included."""
+    done = 0
+    while new := bits & ~done:
+        number = new.bit_length() - 1
+        done |= 1 << number
+        bits |= buckets[number].needs
+    return done
+
+
+def _key(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return what has to be equal for two collectives to share a call; `None` for what is left alone."""
+    if node.target not in _MERGE or not (block := _block(node)):
+        return None
+    value, marks = node.args[0].meta["val"], marks_of(node)  # type: ignore[union-attr]
+    key = (node.target, value.dtype, node.args[1:], block, marks.get("role"), marks.get("phase"))
+    if node.target is _EXCHANGE:
+        total = _sum_of(node)
+        if value.ndim != 1 or total is None:
+            return None
+        ranks = total.args[1]
+        return (node.target, value.dtype, (ranks, node.args[3]), total.args[2], *key[3:])
+    return (*key[:2], repr(key[2]), *key[3:])
+
+
+def _block(node: fx.Node) -> str | None:
+    """Return the block that a leaf belongs to: its path up to the first number in it, or else its module."""
+    leaf = marks_of(node).get("leaf")
+    if leaf is None:
+        return None
+    keys = leaf.split(".")
+    numbers = [i for i, key in enumerate(keys) if key.isdigit()]
+    return ".".join(keys[: numbers[0] + 1] if numbers else keys[:-1])
+
+
+def _sum_of(exchange: fx.Node) -> fx.Node | None:
+    """Return the sum that an all-to-all is exchanged for, where that is all it is for."""
+    node = exchange
+    for target in (WAIT, _SUM):
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not target:
+            return None
+        node = users[0]
+    return node
+
+
+def _wire_bytes(node: fx.Node) -> int:
+    return max(nbytes(node.meta["val"]), nbytes(node.args[0].meta["val"]))  # type: ignore[union-attr]
+
+
+def _marks(members: list[fx.Node]) -> dict[str, Any]:
+    shared = dict(marks_of(members[0]))
+    return {**shared, "leaf": ", ".join(marks_of(member)["leaf"] for member in members)}
+
+
+def _coalesced(target: Any) -> Callable[..., None]:
+    def merge(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
+        inputs = [member.args[0] for member in members]
+        issue = call(graph, mode, target, (inputs, *members[0].args[1:]), _marks(members))
+        for i, member in enumerate(members):
+            own = call(graph, mode, operator.getitem, (issue, i), dict(marks_of(member)))
+            member.replace_all_uses_with(own)
+            graph.erase_node(member)
+
+    return merge
+
+
+def _packed(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
+    totals = [total for member in members if (total := _sum_of(member)) is not None]
+    _, parts, dtype = totals[0].args
+    aten, marks = torch.ops.aten, _marks(members)
+    sizes = [member.args[0].meta["val"].numel() // parts for member in members]  # type: ignore[union-attr, operator]
+    rows = [
+        call(graph, mode, aten.view.default, (member.args[0], [parts, n]), dict(marks_of(member)))
+        for member, n in zip(members, sizes, strict=True)
+    ]
+    pack = call(graph, mode, aten.cat.default, (rows, 1), marks)
+    ones = [1] * parts  # type: ignore[operator]
+    received = call(graph, mode, _EXCHANGE, (pack, ones, ones, members[0].args[3]), marks)
+    arrived = call(graph, mode, WAIT, (received,), marks)
+    total = call(graph, mode, _SUM, (arrived, parts, dtype), marks)
+    flat = call(graph, mode, aten.view.default, (total, [-1]), marks)
+    split = call(graph, mode, aten.split_with_sizes.default, (flat, sizes), marks)
+    for i, (member, old) in enumerate(zip(members, totals, strict=True)):
+        own = call(graph, mode, operator.getitem, (split, i), dict(marks_of(member)))
+        old.replace_all_uses_with(own)
+        for gone in (old, old.args[0], member):
+            graph.erase_node(gone)  # type: ignore[arg-type]
+
+
+_MERGE: dict[Any, Callable[..., None]] = {
+    _GATHER: _coalesced(c10d.all_gather_into_tensor_coalesced.default),
+    _SCATTER: _coalesced(c10d.reduce_scatter_tensor_coalesced.default),
+    _EXCHANGE: _packed,
+}
+
+
+def _sort(graph: fx.Graph, before: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+    """Bring new nodes, which stand at the end, in front of what first needs them; keep the order otherwise."""
+    emitted: dict[fx.Node, None] = {}
+    present = set(graph.nodes)
+    for wanted in list(graph.nodes):
+        stack = [wanted]
+        while stack:
+            needed = (*stack[-1].all_input_nodes, *before.get(stack[-1], ()))
+            missing = next((source for source in needed if source not in emitted and source in present), None)
+            if missing is None:
+                emitted[stack.pop()] = None
+            else:
+                stack.append(missing)
+    reorder(graph, emitted)
+
+
+def reorder(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Bring a graph's nodes into this order."""
+    last = graph._root
+    for node in nodes:
+        last.append(node)
+        last = node

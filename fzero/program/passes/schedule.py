@@ -1,0 +1,262 @@
+"""One order for all nodes that keeps the fewest bytes alive.
+
+As traced, a full leaf is gathered before anything runs, and gradients are reduced and used when all are there. A list
+scheduler goes through the nodes in the order of the program and lets some come earlier or later:
+
+    later     what leads from pieces to full leaves, and views: each comes right before what needs it
+    first     small things that hang on nothing large: learning rate, keys, factors. Updates need them
+    at once   whatever frees more than it makes, together with what follows from it alone: reduce, wait, update. One
+              step of such a chain may cost memory, so it is judged as a whole, and taken only while it stays under
+              the peak so far; or else it is tried again when there is less alive
+
+Nodes that overwrite memory keep their place between its readers. Two such orders are made, one that takes every such
+chain and one that minds the peak, and the best of them and of the order that came in is returned: no schedule is worse.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from torch import fx
+
+from fzero.program.aliases import alias_of
+from fzero.program.memory import live_bytes
+from fzero.program.options import Options
+from fzero.program.passes.bucket import reorder
+from fzero.program.pieces import from_pieces
+from fzero.program.trace import Trace, copied
+from fzero.program.values import Values, precedences
+from fzero.program.wire import ISSUES, WAIT
+
+# Nodes that a chain is followed for.
+_CHAIN = 12
+# Chains that did not fit under the peak and are tried again after a step.
+_RETRIED = 8
+
+
+def schedule(trace: Trace, options: Options) -> Trace:
+    """Return the trace with its nodes in an order of few live bytes."""
+    trace = trace.replace(module=copied(trace.module))
+    graph = trace.module.graph
+    values = Values.of(trace)
+    as_given = list(graph.nodes)
+    plan = _Plan(graph, values)
+    candidates = [_Scheduler(plan, minds_peak=minds).run() for minds in (True, False)]
+    best, least = as_given, max(live_bytes(as_given, values), default=0)
+    for order in candidates:
+        peak = max(live_bytes(order, values), default=0)
+        if peak < least:
+            best, least = order, peak
+    if best is not as_given:
+        reorder(graph, best)
+    return trace
+
+
+class _Plan:
+    """What both schedules look at: who needs whom, and which nodes come with their consumer."""
+
+    def __init__(self, graph: fx.Graph, values: Values):
+        self.nodes = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.values = values
+        self.output = graph.output_node()
+        self.before = precedences(graph, values)
+        cheap = from_pieces(graph)
+        views = {n for n in self.nodes if alias_of(n) is not None and n not in values.writes}
+        self.lazy = {n for n in self.nodes if n.op == "get_attr" or n in cheap or n in views}
+        self.parts = {n: _parts(n) for n in self.nodes if n.op == "call_function" and n not in self.lazy}
+        self.lazy.difference_update(part for parts in self.parts.values() for part in parts)
+        self.readers = [0] * len(values.size)
+        for reads in values.reads.values():
+            for b in reads:
+                self.readers[b] += 1
+        for b in values.kept.union(*(values.holds[n] for n in self.output.all_input_nodes)):
+            self.readers[b] += 1
+        self.free = [self.readers[b] == 0 for b in range(len(values.size))]
+        whole = {part: n for n, parts in self.parts.items() for part in parts}
+        self.hard = [n for n in self.nodes if n in self.parts and n not in whole]
+        self.needs = {node: self._hard_needs(node, whole) for node in self.hard}
+        self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.hard}
+        for node, needed in self.needs.items():
+            for other in needed:
+                self.users[other].append(node)
+        self.readers_of: dict[int, list[fx.Node]] = {}
+        for node in self.hard:
+            for b in dict.fromkeys(
+                b for n in (*self.pulled(node, ()), node, *self.parts[node]) for b in values.reads[n]
+            ):
+                self.readers_of.setdefault(b, []).append(node)
+        self.tiny = min(4096, max(values.size, default=0) // 256)
+
+    def _hard_needs(self, node: fx.Node, whole: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        """Return the nodes that must have run before this one can, those behind views and gathers included."""
+        found: dict[fx.Node, None] = {}
+        stack, seen = [node, *self.parts[node]], {node, *self.parts[node]}
+        while stack:
+            at = stack.pop()
+            for source in (*at.all_input_nodes, *self.before.get(at, ())):
+                if source in seen or source.op == "placeholder":
+                    continue
+                seen.add(source)
+                # What must come before a writer has to have run itself; what feeds it comes with it.
+                if source in self.lazy:
+                    stack.append(source)
+                else:
+                    found[whole.get(source, source)] = None
+        return list(found)
+
+    def pulled(self, node: fx.Node, emitted: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return the views and gathers that come with a node, in order."""
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in self.lazy and source not in emitted and source not in found:
+                    found.add(source)
+                    stack.append(source)
+        return sorted(found, key=self.order.__getitem__) if len(found) > 1 else list(found)
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """Return what follows a node at once: the elements of a tuple, so that those nobody wants die; waits."""
+    parts = [user for user in node.users if user.target is operator.getitem]
+    if node.target in ISSUES:
+        parts += [user for sent in (node, *parts) for user in sent.users if user.target is WAIT]
+    return parts
+
+
+class _Scheduler:
+    def __init__(self, plan: _Plan, *, minds_peak: bool):
+        self.plan = plan
+        self.minds_peak = minds_peak
+        self.size = plan.values.size
+        self.left = list(plan.readers)
+        self.missing = {node: len(needed) for node, needed in plan.needs.items()}
+        self.emitted: set[fx.Node] = set()
+        self.order: list[fx.Node] = []
+        self.live = self.peak = 0
+        self.refused: dict[fx.Node, None] = {}
+
+    def run(self) -> list[fx.Node]:
+        for node in self.plan.nodes:
+            if node.op == "placeholder":
+                self._emit(node)
+        for node in self._prologue():
+            self._emit_with(node)
+        for node in self.plan.hard:
+            if node not in self.emitted:
+                self._settle(self._emit_with(node))
+        rest = [n for n in self.plan.nodes if n not in self.emitted and n is not self.plan.output]
+        for node in (*rest, self.plan.output):
+            self.order.append(node)
+        return self.order
+
+    def _prologue(self) -> list[fx.Node]:
+        """Return small nodes that need nothing large, in order."""
+        plan, found = self.plan, dict[fx.Node, None]()
+        for node in plan.hard:
+            if all(needed in found for needed in plan.needs[node]):
+                made = [b for n in (*plan.pulled(node, ()), node, *plan.parts[node]) for b in plan.values.makes[n]]
+                if sum(self.size[b] for b in made) <= plan.tiny:
+                    found[node] = None
+        return list(found)
+
+    def _settle(self, touched: list[fx.Node]) -> None:
+        """Take chains that free memory, as long as there are any among what the last nodes touched."""
+        waiting = dict.fromkeys([*list(self.refused)[:_RETRIED], *touched])
+        while waiting:
+            node = min(waiting, key=self.plan.order.__getitem__)
+            del waiting[node]
+            self.refused.pop(node, None)
+            if node in self.emitted or self.missing[node]:
+                continue
+            chain, net, most = self._chain(node)
+            if net > self.plan.tiny:
+                continue
+            if self.minds_peak and self.live + most > self.peak:
+                self.refused[node] = None
+                continue
+            for member in chain:
+                waiting.update(dict.fromkeys(self._emit_with(member)))
+
+    def _chain(self, node: fx.Node) -> tuple[list[fx.Node], int, int]:
+        """Return the start of the chain from a node that frees most: its nodes, the bytes it adds, and its own peak."""
+        taken: dict[int, int] = {}
+        pulled: set[fx.Node] = set()
+        chain: list[fx.Node] = []
+        live = most = 0
+        best, best_most, best_length = None, 0, 0
+        at: fx.Node | None = node
+        while at is not None and len(chain) < _CHAIN:
+            for n in (*self.plan.pulled(at, _Either(self.emitted, pulled)), at, *self.plan.parts[at]):
+                pulled.add(n)
+                live, most = self._simulated(n, taken, live, most)
+            chain.append(at)
+            if best is None or live < best:
+                best, best_most, best_length = live, most, len(chain)
+            nexts = [u for u in self.plan.users[at] if u not in self.emitted and self._ready_after(u, chain)]
+            at = min(nexts, key=self.plan.order.__getitem__) if nexts else None
+        assert best is not None
+        return chain[:best_length], best, best_most
+
+    def _ready_after(self, node: fx.Node, chain: list[fx.Node]) -> bool:
+        if node in chain:
+            return False
+        return self.missing[node] <= len(chain) and all(n in self.emitted or n in chain for n in self.plan.needs[node])
+
+    def _simulated(self, node: fx.Node, taken: dict[int, int], live: int, most: int) -> tuple[int, int]:
+        values = self.plan.values
+        for b in values.makes[node]:
+            live += self.size[b]
+        most = max(most, live)
+        for b in values.reads[node]:
+            taken[b] = taken.get(b, 0) + 1
+            if taken[b] == self.left[b]:
+                live -= self.size[b]
+        for b in values.makes[node]:
+            if self.plan.free[b]:
+                live -= self.size[b]
+        return live, most
+
+    def _emit_with(self, node: fx.Node) -> list[fx.Node]:
+        """Emit a node with what comes with it; return the nodes whose worth may have changed."""
+        plan, touched = self.plan, dict[fx.Node, None]()
+        for n in (*plan.pulled(node, self.emitted), node, *plan.parts[node]):
+            self._emit(n)
+            for b in plan.values.reads[n]:
+                if self.size[b] > plan.tiny and 0 < self.left[b] <= 4:
+                    touched.update((r, None) for r in plan.readers_of.get(b, ()) if r not in self.emitted)
+        for user in plan.users[node]:
+            self.missing[user] -= 1
+            touched[user] = None
+        return [n for n in touched if not self.missing[n] and n not in self.emitted]
+
+    def _emit(self, node: fx.Node) -> None:
+        self.live, self.peak = self._emitted_bytes(node)
+        self.emitted.add(node)
+        self.order.append(node)
+
+    def _emitted_bytes(self, node: fx.Node) -> tuple[int, int]:
+        values, live = self.plan.values, self.live
+        for b in values.makes[node]:
+            live += self.size[b]
+        peak = max(self.peak, live)
+        for b in values.reads[node]:
+            self.left[b] -= 1
+            if not self.left[b]:
+                live -= self.size[b]
+        for b in values.makes[node]:
+            if self.plan.free[b]:
+                live -= self.size[b]
+        return live, peak
+
+
+class _Either:
+    """The union of two sets, without making it."""
+
+    def __init__(self, a: set[fx.Node], b: set[fx.Node]):
+        self.a, self.b = a, b
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.a or node in self.b

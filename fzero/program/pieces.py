@@ -1,0 +1,27 @@
+"""Which nodes of a graph only make stored pieces into full leaves."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+
+import torch
+from torch import fx
+
+from fzero.program.aliases import alias_of
+from fzero.program.wire import GATHERS, WAIT
+
+_CASTS = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.clone.default))
+
+
+def from_pieces(graph: fx.Graph, fixed: Container[fx.Node] = ()) -> set[fx.Node]:
+    """Return the nodes between stored pieces and full leaves: gathers, casts and views of inputs, nothing else."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node in fixed:
+            continue
+        is_step = node.target in GATHERS or node.target in _CASTS or node.target in (WAIT, operator.getitem)
+        is_step = is_step or alias_of(node) is not None
+        if is_step and all(s.op in ("placeholder", "get_attr") or s in found for s in node.all_input_nodes):
+            found.add(node)
+    return found
