@@ -2,6 +2,7 @@
 
     dead        what nobody uses goes, so that nothing else looks at it
     recompute   values made again for the backward, gathers among them
+    hoist       leaves that stay gathered, gathered once for all micro-batches
     bucket      a block's collectives in one call, before the order is fixed: a bucket moves as one
     schedule    one order for all nodes that keeps the fewest bytes alive
     overlap     collectives start earlier, and are waited for later, where that order leaves room
@@ -21,6 +22,7 @@ from fzero.program.options import Options
 from fzero.program.passes.bucket import bucket
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
+from fzero.program.passes.hoist import hoist
 from fzero.program.passes.overlap import overlap
 from fzero.program.passes.recompute import recompute
 from fzero.program.passes.schedule import schedule
@@ -29,7 +31,7 @@ from fzero.program.traffic import received_bytes
 
 Pass = Callable[[Trace, Options], Trace]
 
-PASSES: tuple[Pass, ...] = (dead, recompute, bucket, schedule, overlap, donate)
+PASSES: tuple[Pass, ...] = (dead, recompute, hoist, bucket, schedule, overlap, donate)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ _GATHER = c10d.all_gather_into_tensor.default
 _SCATTER = c10d.reduce_scatter_tensor.default
 _EXCHANGE = c10d.all_to_all_single.default
 _SUM = torch.ops.fzero.sum_parts.default
+# A leaf of more bytes than this is sent by itself: to copy it beside others would take longer than a call.
+_PACKED = 256 * 1024
 
 
 @dataclass
@@ -111,7 +113,7 @@ def _key(node: fx.Node) -> tuple[Any, ...] | None:
     key = (node.target, value.dtype, node.args[1:], block, marks.get("role"), marks.get("phase"))
     if node.target is _EXCHANGE:
         total = _sum_of(node)
-        if value.ndim != 1 or total is None:
+        if value.ndim != 1 or total is None or nbytes(value) > _PACKED:
             return None
         ranks = total.args[1]
         return (node.target, value.dtype, (ranks, node.args[3]), total.args[2], *key[3:])

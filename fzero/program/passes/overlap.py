@@ -1,10 +1,120 @@
-"""overlap"""
+"""Collectives started early, and waited for late, where memory leaves room.
+
+A scheduled program gathers a block right before it is used, and waits for it at once; the wire idles while it
+computes, and computing idles while the wire is busy. So a gather is issued while the block before it runs, and what
+follows from a reduction waits until the next reduction is about to start:
+
+    scheduled    gather 2, wait 2, block 2;  gather 3, wait 3, block 3;   …  reduce 3, wait, update 3;  block 2 backward
+    overlapped   wait 2, gather 3, block 2;  wait 3, gather 4, block 3;   …  reduce 3, block 2 backward, wait, update 3
+
+One gather at most is under way ahead of its time: it starts behind the wait for the one before, and as much later as it
+takes for its bytes to fit under the peak of the schedule plus `overlap` bytes. In the same way what a reduction sends
+and receives is held as long as it fits, and at most until the next reduction.
+"""
 
 from __future__ import annotations
 
+from torch import fx
+
+from fzero.program.memory import inside_loops, live_bytes
 from fzero.program.options import Options
-from fzero.program.trace import Trace
+from fzero.program.passes.bucket import reorder
+from fzero.program.pieces import from_pieces
+from fzero.program.trace import Trace, copied
+from fzero.program.values import Values, precedences
+from fzero.program.wire import ISSUES, WAIT
 
 
 def overlap(trace: Trace, options: Options) -> Trace:
+    """Return the trace with collectives under way while something else runs."""
+    if options.overlap is None or not any(node.target in ISSUES for node in trace.module.graph.nodes):
+        return trace
+    trace = trace.replace(module=copied(trace.module))
+    graph = trace.module.graph
+    values = Values.of(trace)
+    order = list(graph.nodes)
+    live = live_bytes(order, values, inside_loops(trace))
+    limit = max(live, default=0) + options.overlap
+    cheap = from_pieces(graph)
+    order, live = _gathers_early(order, live, limit, values, cheap)
+    order = _reductions_late(order, live, limit, values, cheap, precedences(graph, values))
+    reorder(graph, order)
     return trace
+
+
+def _gathers_early(
+    order: list[fx.Node], live: list[int], limit: int, values: Values, cheap: set[fx.Node]
+) -> tuple[list[fx.Node], list[int]]:
+    """Issue each gather of stored pieces behind the wait for the one before it."""
+    position = {node: i for i, node in enumerate(order)}
+    moved: dict[int, list[fx.Node]] = {}  # in front of which position what is issued
+    anchor = next((i for i, node in enumerate(order) if node.op != "placeholder"), 0)
+    for node in order:
+        if node.target not in ISSUES or node not in cheap:
+            continue
+        group = _issued_with(node, cheap, position, anchor)
+        first = position[group[0]]
+        size = sum(values.size[b] for member in group for b in values.makes[member])
+        start = first
+        while start > anchor and live[start - 1] + size <= limit:
+            start -= 1
+        for i in range(start, first):
+            live[i] += size
+        moved.setdefault(start, []).extend(group)
+        waits = [position[wait] for part in (node, *node.users) for wait in part.users if wait.target is WAIT]
+        waits += [position[wait] for wait in node.users if wait.target is WAIT]
+        anchor = max(anchor, min(waits, default=position[node]) + 1)
+    gone = {node for group in moved.values() for node in group}
+    new_order, new_live = [], []
+    for i, node in enumerate(order):
+        for early in moved.get(i, ()):
+            new_order.append(early)
+            new_live.append(live[i])
+        if node not in gone:
+            new_order.append(node)
+            new_live.append(live[i])
+    return new_order, new_live
+
+
+def _issued_with(issue: fx.Node, cheap: set[fx.Node], position: dict[fx.Node, int], anchor: int) -> list[fx.Node]:
+    """Return a gather with the casts that lead to it, as far as they stand behind `anchor`, in order."""
+    found, stack = {issue}, [issue]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in cheap and source not in found and position[source] >= anchor:
+                found.add(source)
+                stack.append(source)
+    return sorted(found, key=position.__getitem__)
+
+
+def _reductions_late(
+    order: list[fx.Node],
+    live: list[int],
+    limit: int,
+    values: Values,
+    cheap: set[fx.Node],
+    before: dict[fx.Node, list[fx.Node]],
+) -> list[fx.Node]:
+    """Put what follows from a reduction in front of the next one, or where its bytes would no longer fit."""
+    new_order: list[fx.Node] = []
+    late: dict[fx.Node, None] = {}
+    held = 0
+    under_way: fx.Node | None = None
+    for i, node in enumerate(order):
+        issues = node.target in ISSUES and node not in cheap
+        if issues or node.op == "output" or (late and live[i] + held > limit):
+            new_order += late
+            late.clear()
+            under_way = None
+        if issues:
+            under_way = node
+            held = sum(values.size[b] for b in (*values.reads[node], *values.makes[node]))
+        if under_way is not None and node is not under_way:
+            needs = (*node.all_input_nodes, *before.get(node, ()))
+            if any(source in late or (source is under_way and node.target is WAIT) for source in needs) or (
+                node.target is WAIT and under_way in needs[0].all_input_nodes
+            ):
+                late[node] = None
+                continue
+        new_order.append(node)
+    return new_order

@@ -1,8 +1,8 @@
 """Forward values made again for the backward instead of being kept for it.
 
-First blocks, by the policy `remat`. Of what a block makes, `kept` is what the forward uses outside of it; `saved` is the
-rest of what the backward reads. The operations that lead from `kept`, from other blocks and from inputs to `saved` are
-repeated in front of the first of them that the backward reads:
+First blocks, by the policy `remat`. Of what a block makes, `kept` is what the forward uses outside of it; `saved` is
+the rest of what the backward reads. The operations that lead from `kept`, from other blocks and from inputs to `saved`
+are repeated in front of the first of them that the backward reads:
 
     forward     x ─block 1─▶ y ─block 2─▶ z               x, y, z are kept, what is inside is not
     backward    block 2 again from y, its backward; block 1 again from x, its backward
@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import fx
 
 from fzero.marks import marks_of
 from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
-from fzero.program.trace import Trace, copied
 from fzero.program.pieces import from_pieces
+from fzero.program.trace import Trace, copied
 from fzero.program.values import Values, nbytes
 from fzero.program.wire import GATHERS
 
@@ -61,7 +62,8 @@ def _blocks(graph: fx.Graph, remat: str | int, fixed: set[fx.Node], cheap: set[f
             f"fz.jit: remat={remat!r} makes blocks again, and the function has none: it runs no module with a "
             f"ModuleList or Sequential through fz.functional. Wrap what is to be made again: fz.remat(f)."
         )
-    saved = {name: _saved(name, nodes, fixed | cheap) for name, nodes in blocks.items()}
+    others = fixed | cheap
+    saved = {name: _saved(name, nodes, others) for name, nodes in blocks.items()}
     size = {name: _bytes_saved(nodes, values) for name, nodes in saved.items()}
     left = sum(size.values())
     for name in blocks:
@@ -69,9 +71,8 @@ def _blocks(graph: fx.Graph, remat: str | int, fixed: set[fx.Node], cheap: set[f
             break
         left -= size[name]
         if saved[name]:
-            others = fixed | cheap
             uses = [(node, user) for node in saved[name] for user in node.users if _backward(user) and user in order]
-            _repeat(graph, uses, order, lambda node, name=name: _inside(node, name, others))  # type: ignore[misc]
+            _repeat(graph, uses, order, partial(_inside, name=name, others=others))
 
 
 def _saved(name: str, nodes: Iterable[fx.Node], others: set[fx.Node]) -> list[fx.Node]:
@@ -88,7 +89,7 @@ def _bytes_saved(nodes: Iterable[fx.Node], values: Values) -> int:
     return sum(values.size[b] for b in dict.fromkeys(b for node in nodes for b in values.holds[node]))
 
 
-def _inside(node: fx.Node, name: str, others: set[fx.Node]) -> bool:
+def _inside(node: fx.Node, *, name: str, others: set[fx.Node]) -> bool:
     """Whether a block's node may be repeated: everything but what the forward uses outside of it."""
     if node in others or _backward(node) or marks_of(node).get("block") != name:
         return False
@@ -133,10 +134,16 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
     order = {node: i for i, node in enumerate(nodes)}
     plans: list[tuple[int, int, list[tuple[fx.Node, fx.Node]]]] = []
     for gather in nodes:
-        if gather.target not in GATHERS or gather not in cheap or not marks_of(gather).get("again"):
+        if gather.target not in GATHERS or gather not in cheap or marks_of(gather).get("role") != "gather":
+            continue
+        if _is_gathered_on(gather, cheap):
+            continue
+        if not marks_of(gather).get("again"):
+            _keep(gather)
             continue
         uses = _uses(gather, cheap, order)
         if len(uses) < 2 or not any(_backward(user) for _, user in uses):
+            plans.append((len(nodes), order[gather], []))  # gathered once in any case
             continue
         gaps = [order[b[1]] - order[a[1]] for a, b in itertools.pairwise(uses)]
         widest = max(range(len(gaps)), key=gaps.__getitem__)
@@ -145,8 +152,26 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
         size = nbytes(nodes[at].meta["val"])
         if size <= keep:
             keep -= size
-        else:
+            _keep(nodes[at])
+        elif later:
             _repeat(graph, later, order, cheap.__contains__)
+
+
+def _is_gathered_on(gather: fx.Node, cheap: set[fx.Node]) -> bool:
+    """Whether another gather follows, over the next axis: the last one stands for the leaf."""
+    stack = list(gather.users)
+    while stack:
+        node = stack.pop()
+        if node in cheap:
+            if node.target in GATHERS:
+                return True
+            stack += node.users
+    return False
+
+
+def _keep(gather: fx.Node) -> None:
+    """Mark a gather as one whose leaf stays, for `hoist`."""
+    gather.meta["custom"] = {**marks_of(gather), "kept": True}
 
 
 def _uses(gather: fx.Node, cheap: set[fx.Node], order: dict[fx.Node, int]) -> list[tuple[fx.Node, fx.Node]]:
