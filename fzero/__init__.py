@@ -33,6 +33,8 @@ from fzero.optim import adam as adam
 from fzero.optim import adamw as adamw
 from fzero.optim import chain as chain
 from fzero.optim import clip_by_global_norm as clip_by_global_norm
+from fzero.optim import clip_by_last_norm as clip_by_last_norm
+from fzero.optim import clip_by_leaf_norm as clip_by_leaf_norm
 from fzero.optim import lion as lion
 from fzero.optim import partition_by as partition_by
 from fzero.optim import schedules as schedules

@@ -30,7 +30,8 @@ from fzero.functional import functional
 from fzero.layout import Layout, Placement, Sharded, check_agreement, check_leaves, place, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
-from fzero.optim.transforms import global_norm
+from fzero.optim.norm import measure
+from fzero.optim.pair import check_pair
 from fzero.peers import together
 from fzero.pieces import piece_of
 from fzero.policy import Policy
@@ -195,12 +196,17 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
             f"fz.apply_gradients: expected the gradients of a State, got {tree.describe(grads)}. Take them with the "
             f"State as primal: fz.value_and_grad(loss)(state, batch)."
         )
-    norm, finite = global_norm(grads)
+    check_pair(grads, state.params)
+    squares = measure(grads)
+    finite = squares.finite(grads.multiplier)
+    norm = torch.where(finite, squares.norm(grads.multiplier), torch.nan)
     advance = torch.ones_like(state.step)
     if skip == "step":
         grads = grads.replace(factor=torch.where(finite, grads.multiplier, torch.nan))
         advance = finite.to(state.step.dtype)
-    params, moments = state.optimizer.update(grads, state.moments, state.params, step=state.step, seed=state.seed)
+    params, moments = state.optimizer.update_sharded(
+        grads, state.moments, state.params, step=state.step, seed=state.seed, squares=squares
+    )
     info = {
         "grad_norm": norm,
         "finite": finite,

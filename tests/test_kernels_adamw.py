@@ -80,6 +80,7 @@ def check_triton_against_reference(device: str) -> None:
 @pytest.fixture
 def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "MIN_COMPILED", 1 << 60)
+    monkeypatch.setattr(compiled, "_programs", {})
 
 
 def test_interpreted_triton_kernel_equals_the_reference() -> None:
@@ -150,13 +151,76 @@ def test_compiled_equals_op_by_op(dtypes: tuple[torch.dtype, ...], stochastic: b
     assert compiled._compiler.works
 
 
-def test_compiles_under_the_modes_of_the_caller() -> None:
-    compiled.compiled.cache_clear()
+def test_the_compiled_root_is_correctly_rounded() -> None:
+    # With b2 = 1 and no gradient the second moment stays, and p becomes -1 / (root + eps): every root is seen, those of
+    # the smallest numbers and of infinity too.
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 0x7F800001, (compiled.MIN_COMPILED,), generator=generator, dtype=torch.int32)
+    patterns[:4] = torch.tensor([0, 1, 0x00800000, 0x7F800000])
+    n = len(patterns)
+    arguments = operands(n, (FLOAT, FLOAT, FLOAT, FLOAT))
+    arguments |= {"p": torch.zeros(n), "m": torch.ones(n), "v": patterns.view(FLOAT), "g": torch.zeros(n)}
+    arguments["scalars"] = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    statics: dict[str, Any] = {"b1": 1.0, "b2": 1.0, "eps": 0.0, "stochastic": False}
+    root = arguments["v"].double().sqrt().float()
+    expected = adamw_reference(**arguments, **statics)
+    assert_same_bits((expected[0],) * 3, (0 - 1 / root,) * 3)
+    assert_same_bits(adamw(**arguments, **statics), expected)
+    assert compiled._compiler.works
+
+
+@pytest.mark.parametrize("dtypes", [(BFLOAT, BFLOAT, BFLOAT, BFLOAT), (FLOAT, FLOAT, FLOAT, FLOAT)], ids=str)
+def test_short_pieces_take_a_program_that_is_there(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_programs", {})
+    adamw(**operands(compiled.MIN_COMPILED - 1, dtypes), **STATICS, stochastic=True)
+    assert not compiled._programs, "a short piece alone compiles nothing"
+    adamw(**operands(compiled.MIN_COMPILED, dtypes), **STATICS, stochastic=True)
+    ((key, program),) = compiled._programs.items()
+    assert program is not None
+    called = []
+
+    def counted(*tensors: Tensor) -> None:
+        called.append(len(tensors[0]))
+        program(*tensors)
+
+    compiled._programs[key] = counted
+    lengths = [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000]
+    for n in lengths:
+        arguments = operands(n, dtypes, offset=2**31 - 10)
+        expected = adamw_reference(**arguments, **STATICS, stochastic=BFLOAT in dtypes)
+        assert_same_bits(adamw(**arguments, **STATICS, stochastic=True), expected)
+    assert called == lengths[2:]
+
+
+@pytest.mark.parametrize("refused", [{"cpp.no_such_setting": True}, {"cpp.march": "native -fno-such-flag"}], ids=str)
+def test_settings_that_are_refused_are_left_out(
+    refused: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [compiled.INDUCTOR_SETTINGS | refused, compiled.INDUCTOR_SETTINGS]
+    monkeypatch.setattr(compiled, "_programs", {})
+    monkeypatch.setattr(compiled, "_settings", lambda: settings)
+    arguments = operands(compiled.MIN_COMPILED, (BFLOAT, BFLOAT, BFLOAT, BFLOAT))
+    expected = adamw_reference(**arguments, **STATICS, stochastic=True)
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(adamw(**arguments, **STATICS, stochastic=True), expected)
+    assert None not in compiled._programs.values()
+    assert not [record for record in caplog.records if record.name.startswith("fzero")]
+
+
+def test_an_architecture_that_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_MARCH", "x86-64-v3")
+    assert not any("cpp.march" in settings for settings in compiled._settings())
+
+
+def test_compiles_under_the_modes_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_programs", {})
     arguments = operands(compiled.MIN_COMPILED, (BFLOAT, BFLOAT, BFLOAT, BFLOAT))
     expected = adamw_reference(**arguments, **STATICS, stochastic=True)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         assert_same_bits(adamw(**arguments, **STATICS, stochastic=True), expected)
-    compiled.compiled.cache_clear()
+    compiled._programs.clear()
     with torch.inference_mode():
         assert_same_bits(adamw(**arguments, **STATICS, stochastic=True), expected)
     assert compiled._compiler.works
@@ -168,7 +232,7 @@ def test_without_a_compiler_it_warns_once_and_runs(
     def fail(*_: object) -> None:
         raise RuntimeError("no compiler here")
 
-    compiled.compiled.cache_clear()
+    monkeypatch.setattr(compiled, "_programs", {})
     monkeypatch.setattr(compiled._compiler, "works", True)
     monkeypatch.setattr(_torch, "standalone_compile", fail)
     with caplog.at_level(logging.WARNING):
@@ -178,7 +242,6 @@ def test_without_a_compiler_it_warns_once_and_runs(
             assert_same_bits(adamw(**arguments, **STATICS, stochastic=True), expected)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no compiler here" in caplog.text
-    compiled.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("n", [0, 1, 33, 1000])

@@ -45,7 +45,9 @@ OPTIMIZERS: dict[str, fz.Optimizer] = {
     "sgd nesterov": fz.sgd(0.1, momentum=0.9, nesterov=True),
     "sgd decay": fz.sgd(0.1, momentum=0.9, weight_decay=0.1),
     "lion": fz.lion(1e-2, weight_decay=0.1),
-    "clip": fz.chain(fz.clip_by_global_norm(1e3), fz.adamw(1e-2)),  # wide enough not to clip: a norm may round
+    # Wide enough not to clip: a norm may round.
+    "clip": fz.chain(fz.clip_by_global_norm(1e3), fz.adamw(1e-2)),
+    "clip leaf": fz.chain(fz.clip_by_leaf_norm(1e3), fz.adamw(1e-2)),
     "groups": fz.partition_by(group_of, {"block": fz.adamw(1e-2), "head": fz.sgd(0.1, momentum=0.9), "scale": None}),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

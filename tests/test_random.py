@@ -72,6 +72,44 @@ def test_bytes_of_a_stream_are_uniform() -> None:
             assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
 
 
+def noises(word: Tensor) -> list[Tensor]:
+    """What p, m and v of an element are rounded by."""
+    return [word & 0xFFFF, shift_right(word, 16), remix(word) & 0xFFFF]
+
+
+def assert_even(cells: Tensor, count: int) -> None:
+    counts = torch.bincount(cells.flatten(), minlength=count).double()
+    expected = counts.sum() / count
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert abs(chi2 - (count - 1)) < 5 * math.sqrt(2 * (count - 1))
+
+
+def test_each_noise_is_uniform_and_the_three_of_an_element_are_independent() -> None:
+    drawn = noises(bits(KEYS, int32(0), 1 << 20))
+    for noise in drawn:
+        assert_even(noise, 1 << 16)
+        assert abs(noise.double().mean() - 32767.5) < 5 * 2**16 / math.sqrt(12 * len(noise))
+    for low in (0, 6, 12):  # four bits of each together
+        p, m, v = ((noise >> low) & 15 for noise in drawn)
+        assert_even((p * 16 + m) * 16 + v, 1 << 12)
+
+
+@pytest.mark.parametrize("stream", ["neighbour", "step", "leaf", "seed"])
+def test_noises_of_neighbours_steps_leaves_and_seeds_are_independent(stream: str) -> None:
+    n = 1 << 18
+    here = bits(KEYS, int32(0), n)
+    there = {
+        "neighbour": bits(KEYS, int32(1), n),
+        "step": bits(leaf_keys(int32(0), int32(1), "w"), int32(0), n),
+        "leaf": bits(leaf_keys(int32(0), int32(0), "v"), int32(0), n),
+        "seed": bits(leaf_keys(int32(1), int32(0), "w"), int32(0), n),
+    }[stream]
+    for x in noises(here):
+        for y in noises(there):
+            assert abs(correlation(x.double(), y.double())) < 5 / math.sqrt(n)
+            assert_even((x >> 10) * 64 + (y >> 10), 1 << 12)
+
+
 @pytest.mark.parametrize("lag", [1, 2, 3, 16, 256, 1024, 4096])
 def test_elements_of_a_stream_are_uncorrelated(lag: int) -> None:
     x = uniform(KEYS, int32(0), 1 << 18)

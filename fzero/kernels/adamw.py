@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import _torch, random
+from fzero import random
 from fzero.kernels.compiled import run_in_place
 from fzero.kernels.rounding import jit, mix, remix, round_to, tl
+from fzero.kernels.transformed import transformed
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +74,7 @@ def adamw(
         tensor([0.9000, 0.9000, 0.9000])
     """
     _check("adamw", p, m, v, g, scalars, keys, offset)
-    run = adamw_reference if _transformed(p, m, v, g, scalars, keys, offset) else torch.ops.fzero.adamw
+    run = adamw_reference if transformed(p, m, v, g, scalars, keys, offset) else torch.ops.fzero.adamw
     updated: tuple[Tensor, Tensor, Tensor] = run(p, m, v, g, scalars, keys, offset, b1, b2, eps, stochastic)
     return updated
 
@@ -94,7 +95,7 @@ def adamw_(
 ) -> None:
     """Overwrite `p`, `m` and `v` by one AdamW step. Arguments and values are those of `adamw`."""
     _check("adamw_", p, m, v, g, scalars, keys, offset)
-    run = adamw_reference_ if _transformed(p, m, v, g, scalars, keys, offset) else torch.ops.fzero.adamw_
+    run = adamw_reference_ if transformed(p, m, v, g, scalars, keys, offset) else torch.ops.fzero.adamw_
     run(p, m, v, g, scalars, keys, offset, b1, b2, eps, stochastic)
 
 
@@ -138,15 +139,19 @@ def adamw_reference(
     b2: float,
     eps: float,
     stochastic: bool,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """AdamW in plain torch operations: what the kernel computes. Arguments are those of `adamw`."""
+    """AdamW in plain torch operations: what the kernel computes. Arguments are those of `adamw`.
+
+    `compiled` says that Inductor traces it, see `fzero.kernels.compiled.run_in_place`.
+    """
     decay, step_size, correction, factor = scalars.unbind()
     gradient = g.float() * factor
     ok = torch.isfinite(gradient)
     first = m.float()
     first = first + (gradient - first) * (1 - b1)
     second = v.float() * b2 + gradient * gradient * (1 - b2)
-    parameter = p.float() * decay - step_size * (first / (_sqrt(second) * correction + eps))
+    parameter = p.float() * decay - step_size * (first / (_sqrt(second, compiled) * correction + eps))
     noise: tuple[Tensor | None, Tensor | None, Tensor | None]
     if stochastic:
         word = random.bits(keys, offset, p.shape[0])
@@ -160,9 +165,13 @@ def adamw_reference(
     )
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """The root of float32 `x`, correctly rounded, as kernels compute it. torch's own on a CPU may be one bit off."""
-    return torch.sqrt(x.double()).float()
+def _sqrt(x: Tensor, compiled: bool) -> Tensor:
+    """The root of float32 `x`, correctly rounded, as kernels compute it.
+
+    Compiled code has an instruction for that; torch's own operation calls a library that may be one bit off, and the
+    root of a float64 rounded to float32 is correct.
+    """
+    return torch.sqrt(x) if compiled else torch.sqrt(x.double()).float()
 
 
 def adamw_reference_(p: Tensor, m: Tensor, v: Tensor, *rest: Any, **static: Any) -> None:
@@ -294,12 +303,6 @@ def _(p: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 @torch.library.register_fake("fzero::adamw_")
 def _(p: Tensor, m: Tensor, v: Tensor, *rest: Any) -> None:
     return None
-
-
-def _transformed(*tensors: Tensor) -> bool:
-    """Whether derivatives or a batch axis are wanted, which the ops do not give and the reference does."""
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return tracked or any(_torch.is_functorch_wrapped(t) for t in tensors)
 
 
 def _check(

@@ -2,14 +2,16 @@
 
 Compiled, an update is one loop that reads and writes every operand once, several times faster than op by op and equal
 to it bit for bit. A reference is compiled once for its dtypes and flags, whatever the length; Inductor keeps the
-result on disk, so a later process only loads it. Without a working C++ compiler, and for short operands, the reference
-runs op by op on chunks that keep its temporaries small.
+result on disk, so a later process only loads it. Without a working C++ compiler the reference runs op by op, on chunks
+that keep its temporaries small; so it does for short operands until long ones of the same dtypes have come.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
+import os
+import platform
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +25,22 @@ from fzero.random import signed
 
 logger = logging.getLogger(__name__)
 
-# Below this many elements a compiled call saves less than it is worth to compile.
+# A call for fewer elements saves less than it is worth to compile: some 0.3 ms. It takes a program that is there.
 MIN_COMPILED = 16384
+# The symbolic length of a trace stands for this many elements or more.
+MIN_TRACED = 2
 # Elements that op-by-op evaluation holds temporaries of: some 100 MB for AdamW, not 100 bytes for each of a leaf's.
 CHUNK = 1 << 20
 
 # The length a reference is traced with. It stands for every other, so it has no factor that a guard could settle on.
 EXAMPLE_LENGTH = CHUNK + 7
 # Threads are those of the caller when it calls; the compiler runs in this process and leaves no workers behind.
-INDUCTOR_SETTINGS = {"cpp.dynamic_threads": True, "compile_threads": 1}
+INDUCTOR_SETTINGS: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1}
 
 Update = Callable[..., None]
 Spec = tuple[torch.dtype, tuple[int, ...]]
+# What a program is compiled for: the update, dtypes of its operands, its other tensors, names and values of its flags.
+Key = tuple[Update, tuple[torch.dtype, ...], tuple[Spec, ...], tuple[tuple[str, Any], ...]]
 
 
 def run_in_place(
@@ -44,53 +50,72 @@ def run_in_place(
 
     Args:
         update: acts on each element by itself and overwrites some of its operands; plain torch ops, a module-level
-            function.
+            function. It is called with `compiled=True` where it is traced for Inductor, and with `compiled=False`
+            op by op: both have to give the same bits.
         operands: 1-D, contiguous, of one length.
         constants: small tensors that every element sees.
         offset: int32, 0-d: the index of element 0. A chunk that starts at `i` sees `offset + i`.
         static: hashable; part of the compiled program.
     """
     length = operands[0].numel()
-    if length >= MIN_COMPILED:
-        dtypes = tuple(operand.dtype for operand in operands)
-        specs = tuple((constant.dtype, tuple(constant.shape)) for constant in (*constants, offset))
-        program = compiled(update, dtypes, specs, tuple(static.items()))
-        if program is not None:
-            program(*operands, *constants, offset)
-            return
+    dtypes = tuple(operand.dtype for operand in operands)
+    specs = tuple((constant.dtype, tuple(constant.shape)) for constant in (*constants, offset))
+    program = _program((update, dtypes, specs, tuple(static.items())), length)
+    if program is not None:
+        program(*operands, *constants, offset)
+        return
     for start in range(0, length, CHUNK):
         chunk = [operand[start : start + CHUNK] for operand in operands]
-        update(*chunk, *constants, offset + signed(start), **static)
+        update(*chunk, *constants, offset + signed(start), **static, compiled=False)
 
 
-@functools.cache
-def compiled(
-    update: Update, dtypes: tuple[torch.dtype, ...], specs: tuple[Spec, ...], static: tuple[tuple[str, Any], ...]
-) -> Update | None:
-    """Return `update` compiled for operands of `dtypes`, whatever their length, or None where it cannot be compiled.
+# Every program of this process; None where there is none to be had.
+_programs: dict[Key, Update | None] = {}
 
-    Args:
-        update: as in `run_in_place`.
-        dtypes: of the operands.
-        specs: dtype and shape of each of the other tensors.
-        static: names and values of the flags.
-    """
+
+def _program(key: Key, length: int) -> Update | None:
+    """Return the program to run on `length` elements, whatever length it was compiled for, or None: op by op."""
+    if length < MIN_TRACED:
+        return None
+    if key not in _programs and length >= MIN_COMPILED:
+        _programs[key] = compiled(key)
+    return _programs.get(key)
+
+
+def compiled(key: Key) -> Update | None:
+    """Return an update compiled for operands of any length, or None where it cannot be compiled."""
     if not _compiler.works:
         return None
-    try:
-        # Compilation traces. A thread of its own has none of the caller's modes (fake tensors, tracing, autograd).
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(_trace_and_compile, update, dtypes, specs, static).result()
-    except Exception as error:  # Inductor and the tools under it raise anything
-        _compiler.works = False
-        logger.warning(
-            "fzero.kernels: Inductor could not compile %s for the CPU; kernels run op by op, several times slower. "
-            "A C++ compiler with its headers (CXX names it) is what is usually missing. %s: %s",
-            update.__name__,
-            type(error).__name__,
-            error,
-        )
-        return None
+    failure: Exception | None = None
+    for settings in _settings():
+        try:
+            # Compilation traces. A thread of its own has none of the caller's modes (fake tensors, tracing, autograd).
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(_trace_and_compile, key, settings).result()
+        except Exception as error:  # Inductor and the tools under it raise anything
+            failure = error
+    _compiler.works = False
+    logger.warning(
+        "fzero.kernels: Inductor could not compile %s for the CPU; kernels run op by op, several times slower. "
+        "A C++ compiler with its headers (CXX names it) is what is usually missing. %s: %s",
+        key[0].__name__,
+        type(failure).__name__,
+        failure,
+    )
+    return None
+
+
+def _settings() -> list[dict[str, Any]]:
+    """Return the settings to try, the fastest program first.
+
+    Inductor reads the bits of a vector of floats element by element, in a loop that it leaves to the C++ compiler, with
+    GCC's loop vectorizer switched off. For the 32 elements that AVX-512 takes at once of bfloat16 that loop is most of
+    an update. The one setting whose text comes behind that switch on the command line is the architecture; torch
+    before 2.13 does not have it, and other compilers may refuse the flag.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64" or "TORCHINDUCTOR_CPP_MARCH" in os.environ:
+        return [INDUCTOR_SETTINGS]
+    return [INDUCTOR_SETTINGS | {"cpp.march": "native -ftree-loop-vectorize"}, INDUCTOR_SETTINGS]
 
 
 class _Compiler:
@@ -102,18 +127,17 @@ class _Compiler:
 _compiler = _Compiler()
 
 
-def _trace_and_compile(
-    update: Update, dtypes: tuple[torch.dtype, ...], specs: tuple[Spec, ...], static: tuple[tuple[str, Any], ...]
-) -> Update:
+def _trace_and_compile(key: Key, settings: dict[str, Any]) -> Update:
+    update, dtypes, specs, static = key
     examples = [torch.empty(EXAMPLE_LENGTH, dtype=dtype) for dtype in dtypes]
     examples += [torch.zeros(shape, dtype=dtype) for dtype, shape in specs]
 
     def flat(*tensors: Tensor) -> tuple[()]:
-        update(*tensors, **dict(static))
+        update(*tensors, **dict(static), compiled=True)
         return ()
 
     with torch.no_grad(), warnings.catch_warnings():
         # What torch deprecates in itself is not the user's, and under `-W error` it would end the compilation.
         warnings.simplefilter("ignore")
         graph = _torch.make_fx(flat, tracing_mode="symbolic")(*examples)
-        return _torch.standalone_compile(graph, examples, INDUCTOR_SETTINGS)
+        return _torch.standalone_compile(graph, examples, settings)

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.errors import LayoutError, PolicyError, TreeError
+from fzero.errors import TreeError
 from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
 from fzero.mesh import Mesh
+from fzero.optim.norm import Squares
+from fzero.optim.pair import check_pair
 from fzero.pieces import Spec, join_block, own_piece
 from fzero.random import bits, fold, remix, round_stochastic, shift_right, signed, step_keys
 
@@ -57,7 +59,7 @@ class Optimizer(ABC):
             TreeError: gradients and parameters do not pair.
             LayoutError: they pair, and the gradients are not cut as the moments are.
         """
-        _check_pair(grads, params)
+        check_pair(grads, params)
         lifted, lifted_grads = _lift(params), _lift(grads, like=params)
         device = lifted.mesh.device
         new, opt_state = self.update_sharded(
@@ -70,8 +72,16 @@ class Optimizer(ABC):
 
     @abstractmethod
     def update_sharded(
-        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
-    ) -> tuple[Sharded, Any]: ...
+        self,
+        grads: Sharded,
+        opt_state: Any,
+        params: Sharded,
+        *,
+        step: Tensor,
+        seed: Tensor,
+        squares: Squares | None = None,
+    ) -> tuple[Sharded, Any]:
+        """Do what `update` does, unchecked, given what may have been measured of `grads` already."""
 
     @abstractmethod
     def learning_rate(self, step: Tensor) -> Any:
@@ -146,7 +156,14 @@ class Elementwise(Optimizer):
         return self.state_type(*(zeros() for _ in range(self.count)))
 
     def update_sharded(
-        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
+        self,
+        grads: Sharded,
+        opt_state: Any,
+        params: Sharded,
+        *,
+        step: Tensor,
+        seed: Tensor,
+        squares: Squares | None = None,
     ) -> tuple[Sharded, Any]:
         mesh = params.mesh
         factor = grads.multiplier
@@ -252,40 +269,6 @@ def _counter(value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(torch.int32)
     return torch.tensor(signed(value), dtype=torch.int32, device=device)
-
-
-def _check_pair(grads: Any, params: Any) -> None:
-    """Raise if gradients are not those of these parameters."""
-    expected, got = _shapes(params), _shapes(grads)
-    lines = [
-        f"{path or '(the whole)'}: expected {expected.get(path, 'nothing')}, got {got.get(path, 'nothing')}"
-        for path in dict.fromkeys([*expected, *got])
-        if path not in expected or path not in got or got[path] not in ("None", expected[path])
-    ]
-    if lines or isinstance(grads, Sharded) != isinstance(params, Sharded):
-        lines = lines or [f"expected a {type(params).__name__}, got a {type(grads).__name__}"]
-        raise TreeError("update: gradients do not pair with parameters:\n  " + "\n  ".join(lines))
-    if isinstance(params, Sharded):
-        if grads.policy is not None and params.policy is not None and grads.policy != params.policy:
-            raise PolicyError(
-                f"update: the gradients were taken under another policy, {grads.policy}, than the parameters are "
-                f"stored by, {params.policy}. Take the gradient with respect to the state that it updates."
-            )
-        placement = params.placement.cut_over(params.layout.gradient_cut)
-        for path, spec, other in zip(params.paths, placement.specs, grads.placement.specs, strict=True):
-            if spec != other:
-                raise LayoutError(
-                    f"update: the gradient of leaf {path!r} is cut over {other.cut}, and its moments over {spec.cut}. "
-                    f"Take the gradient with respect to the state that it updates."
-                )
-
-
-def _shapes(tree_: Any) -> dict[str, str]:
-    if isinstance(tree_, Sharded):
-        return {path: f"shape {shape}" for path, shape in zip(tree_.paths, tree_.shapes, strict=True)}
-    leaves = tree.leaves(tree_, none_is_leaf=True)
-    shapes = [f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else tree.describe(leaf) for leaf in leaves]
-    return dict(zip(tree.paths(tree_, none_is_leaf=True), shapes, strict=True))
 
 
 def _lift(tree_: Any, *, like: Any = None) -> Sharded:

@@ -1,22 +1,18 @@
-"""Gradient transforms, and optimizers made of others: `chain`, `clip_by_global_norm`, `partition_by`."""
+"""Gradient transforms, and optimizers made of others: `chain`, `partition_by`."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.collectives import all_reduce, pad
 from fzero.layout import Sharded
-from fzero.mesh import Mesh
 from fzero.optim.base import ByPath, Optimizer
-from fzero.pieces import Spec
+from fzero.optim.norm import Squares, measure
 
 
 class GradientTransform(ABC):
@@ -29,82 +25,15 @@ class GradientTransform(ABC):
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]: ...
 
 
-def global_norm(grads: Sharded, *, finite_only: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the norm of a sharded gradient and whether it is finite, over all ranks by one all-reduce.
-
-    A leaf that every rank holds whole counts once. Squares are taken piece by piece, as they would be if the
-    leaf were cut, and added up in float64, so that the norm does not depend on the layout.
-
-    Args:
-        grads: the gradient.
-        finite_only: leave out elements that are not finite, instead of returning NaN.
-
-    Returns:
-        The 2-norm of the true values, fp32 of shape (); whether every element is finite, bool of shape ().
-    """
-    mesh = grads.mesh
-    sums: dict[tuple[str, ...], list[Tensor]] = {}
-    for piece, spec in zip(grads.pieces, grads.placement.specs, strict=True):
-        if piece is None:
-            continue
-        values = torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0) if finite_only else piece
-        rows = _as_if_cut(values, spec, mesh, grads.layout.axis)
-        square = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).to(torch.float64).square().sum()
-        bad = (piece * 0).sum().isnan().to(torch.float64)  # inf × 0 is NaN; several times faster than isfinite
-        sums.setdefault(_axes(spec), []).append(torch.stack([square, bad]))
-    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for axes, parts in sums.items():
-        part = torch.stack(parts).sum(0)
-        for axis in axes:
-            part = all_reduce(part, mesh, axis)
-        total = total + part
-    factor = grads.multiplier
-    finite = (total[1] == 0) & torch.isfinite(factor)
-    norm = (total[0].sqrt() * factor).to(torch.float32)
-    return (norm if finite_only else torch.where(finite, norm, torch.nan)), finite
-
-
-def _as_if_cut(piece: Tensor, spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> Tensor:
-    """Return a piece as rows: one, or where the leaf is whole here, one for each rank that could hold a piece."""
-    ranks = mesh.size(axes)
-    if spec.cut or ranks == 1 or not piece.numel():
-        return piece.reshape(1, -1)
-    rows = math.ceil(piece.numel() / ranks)
-    return pad(piece, ranks * rows).view(ranks, rows)
-
-
-@dataclass(frozen=True)
-class ClipByGlobalNorm(GradientTransform):
-    """See `clip_by_global_norm`."""
-
-    limit: float
+class NormTransform(GradientTransform):
+    """A gradient transform that looks at the norm of the gradient, which a chain measures once for all of them."""
 
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]:
-        norm, _ = global_norm(grads, finite_only=True)
-        shrink = (self.limit / (norm + 1e-6)).clamp(max=1.0)
-        return grads.replace(factor=grads.multiplier * shrink), state
+        return self.update_by(grads, state, params, measure(grads))
 
-
-def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
-    """Return a transform that scales gradients down to a 2-norm of at most `limit`, over all leaves and ranks.
-
-    It multiplies the factor and touches no leaf; all gradients have to be there before the first update.
-    Elements that are not finite do not count: they are skipped by the update.
-
-    Args:
-        limit: the largest norm, above 0.
-
-    Raises:
-        ValueError: the limit is not above 0.
-
-    Example:
-        >>> from fzero.optim.adamw import adamw
-        >>> chain(clip_by_global_norm(1.0), adamw(1e-3)).learning_rate(torch.tensor(0))
-        tensor(0.0010)
-    """
-    if not limit > 0:
-        raise ValueError(f"fz.clip_by_global_norm: the limit must be above 0, got {limit!r}.")
-    return ClipByGlobalNorm(limit)
+    @abstractmethod
+    def update_by(self, grads: Sharded, state: Any, params: Sharded, squares: Squares) -> tuple[Sharded, Any]:
+        """Return what `update` does, given what was measured of `grads`."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +47,26 @@ class Chain(Optimizer):
         return (*(t.init(params) for t in self.transforms), self.optimizer.init_sharded(params))
 
     def update_sharded(
-        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
+        self,
+        grads: Sharded,
+        opt_state: Any,
+        params: Sharded,
+        *,
+        step: Tensor,
+        seed: Tensor,
+        squares: Squares | None = None,
     ) -> tuple[Sharded, Any]:
         *states, last = opt_state
         moved = []
         for transform, state in zip(self.transforms, states, strict=True):
-            grads, state = transform.update(grads, state, params)
+            if isinstance(transform, NormTransform):
+                if squares is None or not squares.are_of(grads):
+                    squares = measure(grads)
+                grads, state = transform.update_by(grads, state, params, squares)
+            else:
+                grads, state = transform.update(grads, state, params)
             moved.append(state)
-        params, last = self.optimizer.update_sharded(grads, last, params, step=step, seed=seed)
+        params, last = self.optimizer.update_sharded(grads, last, params, step=step, seed=seed, squares=squares)
         return params, (*moved, last)
 
     def learning_rate(self, step: Tensor) -> Any:
@@ -145,7 +86,8 @@ def chain(*transforms_then_optimizer: Any) -> Chain:
         TypeError: the last is no optimizer, or another is no gradient transform.
 
     Example:
-        >>> from fzero.optim.sgd import sgd
+        >>> import torch
+        >>> from fzero.optim import clip_by_global_norm, sgd
         >>> opt, w, zero = chain(clip_by_global_norm(1.0), sgd(1.0)), torch.zeros(2), torch.tensor(0, dtype=torch.int32)
         >>> opt.update(torch.tensor([3.0, 4.0]), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([-0.6000, -0.8000])
@@ -173,7 +115,14 @@ class PartitionBy(Optimizer):
         return {label: opt.init_sharded(params.select(groups[label])) for label, opt in self._trained()}
 
     def update_sharded(
-        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
+        self,
+        grads: Sharded,
+        opt_state: Any,
+        params: Sharded,
+        *,
+        step: Tensor,
+        seed: Tensor,
+        squares: Squares | None = None,
     ) -> tuple[Sharded, dict[str, Any]]:
         groups, pieces, moved = self._groups(params.paths), list(params.pieces), {}
         for label, optimizer in self._trained():
@@ -233,7 +182,3 @@ def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> Par
     if not callable(labels):
         labels = ByPath.of(labels, "tree of labels")
     return PartitionBy(labels, tuple(optimizers.items()))
-
-
-def _axes(spec: Spec) -> tuple[str, ...]:
-    return spec.cut + tuple(axis for axis in spec.split if axis is not None)

@@ -1,0 +1,141 @@
+"""The sum of squares of a piece: right, blind to what is not finite, the same whole and cut, without a large copy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fzero import _torch
+from fzero.kernels import squares as module
+from fzero.kernels.squares import squares, squares_reference
+from tests.small import LiveBytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BAD = {"nan": [math.nan], "inf": [math.inf], "-inf": [-math.inf], "nan and inf": [math.nan, math.inf, -math.inf]}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and chunks of which a short piece has several."""
+    monkeypatch.setattr(module, "ROW", 8)
+    monkeypatch.setattr(module, "CHUNK", 24)
+
+
+def normal(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+def assert_measured(actual: Tensor, finite: Tensor, bad: bool) -> None:
+    """The sum is that of `finite`, up to the rounding of float32 sums."""
+    assert (actual.dtype, actual.shape) == (torch.float64, (2,))
+    torch.testing.assert_close(actual[0], finite.double().square().sum(), rtol=1e-6, atol=0)
+    assert actual[1] == bad
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 23, 24, 25, 100])
+def test_sums_the_squares_of_every_element_once(n: int, dtype: torch.dtype, small_chunks: None) -> None:
+    x = normal(n, dtype)
+    for ranks in (1, 2, 3, 4):
+        assert_measured(squares(x, ranks), x, bad=False)
+        assert_measured(squares_reference(x, ranks), x, bad=False)
+
+
+@every_dtype
+def test_sums_more_than_a_chunk(dtype: torch.dtype) -> None:
+    x = normal(module.CHUNK + module.ROW + 5, dtype)
+    assert_measured(squares(x), x, bad=False)
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_elements_that_are_not_finite_are_told_and_left_out(
+    bad: list[float], dtype: torch.dtype, small_chunks: None
+) -> None:
+    for n in (3, 8, 50, 100):
+        for start in {0, (n - len(bad)) // 2, n - len(bad)}:
+            x = normal(n, dtype)
+            x[start : start + len(bad)] = torch.tensor(bad, dtype=dtype)
+            kept = torch.where(x.isfinite(), x, 0)
+            for measured in (squares(x), squares(x, 3), squares_reference(x, 1), squares_reference(x, 3)):
+                assert_measured(measured, kept, bad=True)
+
+
+@every_dtype
+def test_the_largest_elements_are_finite(dtype: torch.dtype) -> None:
+    x = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
+    for measured in (squares(x), squares_reference(x, 1)):
+        assert measured[1] == 0
+        # Their squares are larger than any float32, but for float16.
+        assert measured[0].isinf() == (dtype != torch.float16)
+
+
+@every_dtype
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_whole_leaf_gives_the_bits_of_its_pieces(ranks: int, dtype: torch.dtype, small_chunks: None) -> None:
+    for n in (1, 5, 64, 257):
+        x, rows = normal(n, dtype), math.ceil(n / ranks)
+        padded = torch.nn.functional.pad(x, (0, ranks * rows - n))
+        pieces = torch.stack([squares(piece.clone()) for piece in padded.split(rows)])
+        # Sums of so few float64 numbers of 48 bits are exact in whatever order, or nearly: their root is compared.
+        roots = [total.sqrt().float() for total in (pieces[:, 0].sum(), squares(x, ranks)[0])]
+        assert torch.equal(*roots)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    x = normal(3 * module.CHUNK // 2, torch.bfloat16)
+    alone = squares(x)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(squares(x), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_no_copy_of_the_piece_is_made() -> None:
+    x = normal(8 * module.CHUNK, torch.bfloat16)
+    with LiveBytes() as live:
+        squares(x)
+    assert live.peak < 5 * module.CHUNK
+
+
+def test_the_op_fulfils_torch_library_contract() -> None:
+    for x in (normal(33, torch.bfloat16), normal(0, torch.float32)):
+        torch.library.opcheck(torch.ops.fzero.squares.default, (x, 2), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_transforms_see_the_reference() -> None:
+    x = normal(10, torch.float32)
+    _, pullback, *_ = torch.func.vjp(lambda x: squares(x, 2)[0], x)
+    torch.testing.assert_close(pullback(torch.ones((), dtype=torch.float64))[0], 2 * x)
+    leaf = x.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(squares(leaf)[0], leaf)
+    torch.testing.assert_close(by_autograd, 2 * x)
+    batch = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.func.vmap(squares)(batch), torch.stack([squares(x) for x in batch]))
+
+
+def test_a_trace_holds_one_node() -> None:
+    graph = _torch.make_fx(lambda x: squares(x), tracing_mode="fake")(normal(10, torch.float32))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        torch.ops.fzero.squares.default
+    ]
+    x = normal(10, torch.float32)
+    x[3] = math.nan
+    assert torch.equal(graph(x), squares(x))
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_a_cpu_does() -> None:
+    for dtype in DTYPES:
+        for n in (0, 1, 1000, 100_003):
+            x = normal(n, dtype)
+            for bad in ([], *BAD.values()):
+                x[: len(bad)] = torch.tensor(bad, dtype=dtype)[:n]
+                for ranks in (1, 4):
+                    actual, expected = squares(x.cuda(), ranks).cpu(), squares(x, ranks)
+                    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
