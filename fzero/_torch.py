@@ -5,15 +5,16 @@ When an upgrade of torch moves one of them, this file breaks and no other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed.nn.functional  # now: imported later, its default arguments keep a process group alive for ever
 import torch.utils._pytree as torch_pytree
+from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 # True for a tensor that a torch.func transform (vjp, jvp, vmap) has wrapped.
@@ -31,6 +32,9 @@ is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 # The tensor below the wrapper of a torch.func transform that has ended, once; any other tensor as it is.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+# Inside this context operators go past autograd and its book-keeping of views, straight to dispatch modes and kernels.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 # Functional collectives: dispatcher ops that return a tensor to wait for, and so can be traced.
 c10d = torch.ops._c10d_functional
@@ -99,6 +103,13 @@ def storage_id(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def holders_of(x: torch.Tensor) -> int:
+    """Return how many tensors lie in the memory of `x`, itself included."""
+    mine, alone = (torch._C._storage_Use_Count(storage_id(t)) for t in (x, torch.empty(0)))
+    count: int = mine - alone + 1
+    return count
+
+
 def functorch_level(x: torch.Tensor) -> int:
     """Return the nesting level of the transform that wraps a tensor; 0 for a plain one."""
     level = torch._C._functorch.maybe_get_level(x)
@@ -128,7 +139,7 @@ def torch_nodes() -> dict[type, Any]:
 def trunc_normal_replaced(substitute: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Inside, `torch.nn.init.trunc_normal_` calls `substitute(original, tensor, mean, std, a, b, ...)`."""
     original = torch.nn.init._no_grad_trunc_normal_
-    torch.nn.init._no_grad_trunc_normal_ = partial(substitute, original)
+    torch.nn.init._no_grad_trunc_normal_ = functools.partial(substitute, original)
     try:
         yield
     finally:
@@ -146,19 +157,50 @@ def standalone_compile(
     return compiled
 
 
+@functools.cache
+def bindings(operator: OpOverload) -> tuple[Callable[..., Any], ...]:
+    """Return functions that may be PyTorch's own quick ways to call an operator: bindings in C++ of its name."""
+    namespace, _, name = operator.name().split(".")[0].partition("::")
+    homes: list[Any] = [getattr(torch._C, home) for home in ("_VariableFunctions", "TensorBase", "_nn", "_linalg")]
+    return tuple(getattr(home, name) for home in homes if namespace == "aten" and hasattr(home, name))
+
+
+def direct(operator: OpOverload) -> Callable[..., Any]:
+    """Return what an operator's own call in Python goes to, for any operator."""
+    return operator._op
+
+
+def standalone_compile_static(
+    graph: torch.fx.GraphModule, like: list[torch.Tensor], settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a traced graph by Inductor for inputs that look like `like`, fake ones or real. Nothing is allocated."""
+    from torch._inductor import config, standalone_compile
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # without symbols in it; with none Inductor does not use its cache
+    with mode:
+        examples: list[Any] = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
+    with config.patch(settings), tracing(TracingContext(mode)):
+        compiled: Callable[..., Any] = standalone_compile(graph, examples, dynamic_shapes="from_tracing_context")
+    return compiled
+
+
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
+    "below_autograd",
+    "bindings",
     "c10d",
     "default_store",
+    "direct",
     "disable_proxy_modes_tracing",
     "dispatch_modes",
     "functorch_level",
     "get_proxy_mode",
     "group_deadline",
+    "holders_of",
     "is_functorch_wrapped",
     "make_fx",
     "readable",
@@ -166,6 +208,7 @@ __all__ = [
     "release_groups",
     "set_group_deadline",
     "standalone_compile",
+    "standalone_compile_static",
     "storage_id",
     "torch_nodes",
     "torch_pytree",

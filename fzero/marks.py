@@ -29,6 +29,8 @@ from fzero._torch import get_proxy_mode
 
 _OWN = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__path__[0] + "/"
+# Where a trace begins.
+_TRACER = _OWN + "program/trace.py"
 # Frames between an operation and the line that the user wrote.
 _SKIPPED = (_TORCH, _OWN, contextlib.__file__, "<")
 
@@ -77,12 +79,11 @@ def mark_line() -> None:
     """Mark what is traced from here on with the line of the user's code that is running."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
-        frame = frame.f_back
-    if frame is not None:
-        code = frame.f_code
-        custom = traceback.current_meta.get("custom", {})
-        # A new dict: nodes made before share the old one.
-        traceback.current_meta["custom"] = {**custom, "line": (code.co_filename, frame.f_lineno, code.co_qualname)}
+        # Further out is who called the traced function, not what it does.
+        frame = None if frame.f_code.co_filename == _TRACER else frame.f_back
+    line = None if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+    # A new dict: nodes made before share the old one.
+    traceback.current_meta["custom"] = {**traceback.current_meta.get("custom", {}), "line": line}
 
 
 @contextlib.contextmanager

@@ -243,6 +243,14 @@ def test_init_and_shard_copy_what_they_are_given() -> None:
 # Memory is reused
 
 
+def test_micro_batches_too_leave_the_state_where_it_is() -> None:
+    state = state_of()
+    step = fz.train_step(lambda params, x: sum((p * x.mean()).sum() for p in fz.tree.leaves(params)), microbatches=2)
+    before = addresses(state.params, state.moments)
+    state, _ = step(state, torch.ones(4))
+    assert addresses(state.params, state.moments) == before
+
+
 @pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16"])
 def test_new_parameters_and_moments_lie_where_the_old_ones_were(policy: str) -> None:
     step, state = fz.jit(step_of, donate=0), state_of(policy=policy)

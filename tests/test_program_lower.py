@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, fx
 
 import fzero as fz
-from fzero._torch import TorchDispatchMode
+from fzero._torch import FakeTensorMode, OpOverload, TorchDispatchMode, direct
+from fzero.program.bindings import quickest
 from fzero.program.lower import lower_graph, python_source
+from fzero.program.lowering import default_lower
 from fzero.program.trace import graph_of
 from tests.small import assert_same_bits
 
@@ -144,3 +146,79 @@ def test_a_loop_body_is_lowered_once() -> None:
     assert_same_bits(jitted(*arguments), loop(*arguments))
     module = jitted.programs[0].trace.module
     assert sum("run_loop" in str(node.target) for node in module.graph.nodes) == 1
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_the_operators_of_the_graph_run_and_no_others(f: Callable[..., list[Tensor]]) -> None:
+    module = graph_of(f, [A, B])
+    program = lower_graph(module)
+    with Operators() as operators:
+        program([A, B])
+    assert operators.seen == [node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)]
+
+
+X = torch.ones(2, 2)
+CALLS = [
+    (torch.ops.aten.mm.default, (X, X), {}, torch.mm, (X, X)),
+    (torch.ops.aten.add.Tensor, (X, 2), {"alpha": 3}, torch.add, (X, 2)),
+    (torch.ops.aten.add_.Tensor, (X, X), {}, Tensor.add_, (X, X)),
+    (torch.ops.aten.view.default, (X, [4, 1]), {}, Tensor.view, (X, 4, 1)),
+    (torch.ops.aten.sum.dim_IntList, (X, [0], True), {"dtype": torch.float64}, torch.sum, (X, 0, True)),
+    (torch.ops.aten.sum.dim_IntList, (X, [0, 1]), {}, torch.sum, (X, [0, 1])),
+    (torch.ops.aten.cat.default, ([X, X], 1), {}, torch.cat, ([X, X], 1)),
+    (torch.ops.aten.clamp.default, (X, -float("inf"), None), {}, torch.clamp, (X, -float("inf"), None)),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs", "function", "spelled"), CALLS, ids=[str(op) for op, *_ in CALLS])
+def test_operators_are_called_through_their_own_bindings(
+    op: OpOverload[..., Any], args: Any, kwargs: Any, function: Any, spelled: Any
+) -> None:
+    before, is_in_place = X.clone(), "_." in str(op)
+    found, form = quickest(op, args, kwargs, None if is_in_place else op(*args, **kwargs))
+    assert found == function
+    assert str(form) == str(spelled)
+    assert torch.equal(X, before), "a trial runs nothing"
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (torch.ops.aten.mul.Scalar, (X, 2.0)),  # torch.mul reaches mul.Tensor with it
+        (torch.ops.aten.slice.Tensor, (X, 0, 1)),  # has no binding
+        (torch.ops.fzero.sum_parts.default, (X, 2, torch.float32)),
+    ],
+    ids=str,
+)
+def test_operators_that_no_binding_reaches_are_called_themselves(op: OpOverload[..., Any], args: Any) -> None:
+    assert quickest(op, args, {}, op(*args)) == (direct(op), args)
+
+
+def test_a_call_that_fails_is_not_a_match() -> None:
+    op, args = torch.ops.aten.mm.default, (X, "no tensor")
+    assert quickest(op, args, {}, X) == (direct(op), args)
+
+
+def test_lines_of_a_program_are_spelled_the_quick_way() -> None:
+    source, scope = python_source(graph_of(lambda x: [torch.topk(x.view(2, 3), 2)[0]], [A]))
+    assert "(x, 2, 3)" in source.replace("x_1", "x").replace("arg0", "x") and "[0]\n" in source
+    assert scope["aten_view_default"] is not torch.ops.aten.view.default
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "graph"), ("cuda", "inductor")])
+def test_the_device_of_the_inputs_decides_where_nothing_is_said(device: str, expected: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = torch.empty(()), torch.empty(2, device=device)
+    assert default_lower(fz.trace(lambda scale, x: x * scale)(*inputs).trace) == expected

@@ -103,12 +103,64 @@ def test_what_is_closed_over_is_shared_with_the_graph() -> None:
     assert_same_bits(run(trace, A), A + 3)
 
 
-@pytest.mark.parametrize(
-    "f", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: torch.zeros(int(x[0])), lambda x: x.tolist()]
-)
-def test_shapes_that_depend_on_values_are_refused(f: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(fz.TraceError, match="the function looks at the value of a tensor"):
+LOOKS_AT_VALUES: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x * x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "int": lambda x: torch.zeros(int(x[0])),
+    "float": lambda x: x * float(x[0]),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "while": lambda x: [x for _ in iter(lambda: bool(x.any()), False)],
+    "an index": lambda x: [1, 2, 3][x[0].long()],
+    "a range": lambda x: list(range(x[0].long())),
+    "a slice": lambda x: x[: x[0].long()],
+    "in": lambda x: 3.0 in x,
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "a mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "arange": lambda x: torch.arange(x[0]),  # type: ignore[call-overload]
+    "if under a gradient": lambda x: fz.grad(lambda w: w.sum() if w.sum() > 0 else -w.sum())(x),
+    "a mask under a gradient": lambda x: fz.grad(lambda w: w[w > 0].sum())(x),
+}
+
+
+@pytest.mark.parametrize(("name", "f"), LOOKS_AT_VALUES.items(), ids=LOOKS_AT_VALUES.keys())
+def test_what_depends_on_values_is_refused_at_its_line(name: str, f: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(fz.TraceError, match="the function looks at the value of a tensor") as info:
         traced(f, A)
+    assert __file__ in str(info.value)
+    assert f'"{name}": lambda x:' in str(info.value), "the line is shown"
+
+
+DRAWS: dict[str, Callable[[Tensor], Any]] = {
+    "rand": lambda x: x + torch.rand(6),
+    "rand_like": lambda x: x + torch.rand_like(x),
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5),
+    "normal_": lambda x: x.clone().normal_(),
+    "random_": lambda x: x.clone().random_(),
+    "random_, up to": lambda x: x.clone().random_(9),
+    "random_, from": lambda x: x.clone().random_(3, 9),
+}
+
+
+def test_draws_with_a_key_are_traced() -> None:
+    f = fz.keyed(lambda x: x.clone().random_(3, 9))
+    assert_same_bits(run(traced(lambda x: f(7, x), A), A), f(7, A))
+
+
+@pytest.mark.parametrize("f", DRAWS.values(), ids=DRAWS.keys())
+def test_draws_without_a_key_are_refused(f: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(fz.RandomOpError, match="draws from the global random generator"):
+        traced(f, A)
+
+
+def test_a_syntax_error_of_the_function_arrives_as_it_is() -> None:
+    with pytest.raises(SyntaxError, match="invalid syntax"):
+        traced(lambda x: eval("x +* 2"), A)
 
 
 def test_a_copy_is_independent() -> None:

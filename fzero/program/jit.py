@@ -21,11 +21,14 @@ from fzero.errors import MeshError
 from fzero.layout import Sharded
 from fzero.peers import together
 from fzero.program import donation
-from fzero.program.lower import lower_graph
+from fzero.program.announce import announce
+from fzero.program.kinds import kinds_in
+from fzero.program.lowering import lowered
 from fzero.program.options import Options
 from fzero.program.pipeline import run_passes
 from fzero.program.program import Program
 from fzero.program.trace import trace_flat
+from fzero.program.watch import count_run
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +72,10 @@ class Jitted:
             program = self._programs.get(signature.key)
             if program is None:
                 program = self._program(signature, leaves)
+                announce(program, call, signature._by_path())
                 self._programs[signature.key] = program
             self._last = signature
+            count_run(program, call)
             return program(leaves)
 
     def trace(self, *args: Any, **kwargs: Any) -> Program:
@@ -104,8 +109,9 @@ class Jitted:
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
         examples = _on_device(leaves, signature.simulated_on)
         trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
+        trace = trace.replace(kinds=kinds_in(signature.hollow.fill(examples)))
         trace, stages = run_passes(trace, self.options)
-        return Program(self.name, trace, lower_graph(trace.module, trace.bodies), cause, stages)
+        return Program(self.name, trace, lowered(trace, self.options), cause, stages)
 
 
 class _Signature:
@@ -169,7 +175,7 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
             `keep_gathered=`, `bucket=`, `overlap=`.
 
     Returns:
-        The jitted function. Its results are bitwise those of `f`. `.programs` holds what was traced; a new
+        The jitted function. With `lower="graph"` its results are bitwise those of `f`. `.programs` holds what was traced; a new
         trace is logged (logger `fzero`) with the argument that caused it.
 
     Raises:

@@ -13,7 +13,8 @@ or pack: before those stand cotangents of activations, which are "other".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ _CARRIES = frozenset(
         torch.ops.aten.cat.default,
     )
 )
+
+_OVERWRITES = {in_place: positions for in_place, positions in IN_PLACE.values()}
 
 
 def kinds_in(arguments: Any) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
     """Return the kind of each buffer of a trace, one of `KINDS`."""
     graph = trace.module.graph
     late = _late(graph)
-    gradients = _gradients(graph, late)
+    gradients = _gradients(graph, late, values)
     for_backward = _read_by(values, lambda n: marks_of(n).get("phase") == "backward")
     for_late = _read_by(values, lambda n: n in late)
     kinds = ["other"] * len(values.size)
@@ -86,7 +89,7 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
         marks = marks_of(node)
         if marks.get("role") == "gather":
             return "gathered"
-        if node in gradients or marks.get("role") == "reduce":
+        if buffer in gradients or marks.get("role") == "reduce":
             return "gradients"
         read = for_late if marks.get("repeated") else for_backward
         return "activations" if node not in late and buffer in read else "other"
@@ -129,65 +132,52 @@ def _late(graph: fx.Graph) -> set[fx.Node]:
         marks = marks_of(node)
         if marks.get("repeated") or node.op != "call_function":
             continue
-        starts = marks.get("phase") == "backward" or marks.get("role") in ("reduce", "update") or node.target is run_loop
+        starts = (
+            marks.get("phase") == "backward" or marks.get("role") in ("reduce", "update") or node.target is run_loop
+        )
         if starts or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _gradients(graph: fx.Graph, late: set[fx.Node]) -> set[fx.Node]:
-    """Return the nodes whose values are gradients of leaves, as the module docstring has it."""
+def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
+    """Return the buffers that hold gradients of leaves, as the module docstring has it."""
     found: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         role = marks_of(node).get("role")
+        sources = [source for source in node.all_input_nodes if source in late]
         if node.target is run_loop:
-            found.update(node.args[3])  # type: ignore[arg-type]  # sums: of gradients, and of the loss
+            sums: Any = node.args[3]  # of gradients, and of the loss
+            found.update(sums)
         elif role == "reduce":
-            found.update(source for source in node.all_input_nodes if source in late)
-        elif role == "update" or (node in found and _carries(node)):
+            found.update(sources)
+        elif role == "update" or (node in found and _is_pointwise(node)):
             size = max(_numel(node), *(_numel(source) for source in _targets(node)), 0)
-            packs = node.target is torch.ops.aten.cat.default
-            for source in node.all_input_nodes:
-                if source in late and (packs or _numel(source) == size) and marks_of(source).get("role") != "update":
-                    found.add(source)
-    return found
+            found.update(s for s in sources if _numel(s) == size and marks_of(s).get("role") != "update")
+        elif node in found and (node.target in _CARRIES or alias_of(node) is not None):
+            # An element of a tuple tells of itself alone.
+            found.update(sources if node.target is not operator.getitem else ())
+    return {b for node in found for b in values.holds[node]}
 
 
-def _carries(node: fx.Node) -> bool:
-    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or alias_of(node) is not None or node.target in _CARRIES
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _targets(node: fx.Node) -> list[fx.Node]:
     """Return what an update overwrites, or makes anew."""
-    for functional, (in_place, positions) in IN_PLACE.items():
-        if node.target in (functional, in_place):
-            return [target for i in positions if isinstance(target := node.args[i], fx.Node)]
-    return []
+    positions = IN_PLACE[node.target][1] if node.target in IN_PLACE else _OVERWRITES.get(node.target, ())
+    return [target for i in positions if isinstance(target := node.args[i], fx.Node)]
+
+
+def overwritten(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs that an update in place overwrites."""
+    return _targets(node) if node.target in _OVERWRITES else []
 
 
 def _numel(node: fx.Node) -> int:
     return sum(x.numel() for x in tensors_of(node)[:1] if x is not None)
 
 
-def _read_by(values: Values, reader: Any) -> set[int]:
+def _read_by(values: Values, reader: Callable[[fx.Node], bool]) -> set[int]:
     return {b for node, buffers in values.reads.items() if reader(node) for b in buffers}
-
-
-def inside(trace: Trace) -> Iterator[tuple[fx.Node, Trace, int]]:
-    """Yield each loop of a graph: its node, its body, its number of rounds."""
-    for node in trace.module.graph.nodes:
-        if node.target is run_loop:
-            yield node, trace.bodies[str(node.args[0].target)], rounds_of(node)
-
-
-def rounds_of(loop: fx.Node) -> int:
-    """Return how often a loop runs its body."""
-    index = loop.args[2]
-    assert isinstance(index, fx.Node)
-    return int(index.meta["val"].shape[0])
-
-
-def vals_of(arguments: Sequence[Any]) -> Any:
-    """Return arguments of a node with fake tensors in the place of nodes."""
-    return fx.node.map_arg(tuple(arguments), lambda n: n.meta.get("val"))

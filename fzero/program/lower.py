@@ -7,12 +7,13 @@
         del batch, params_w
         return [mm]
 
-Each line calls the operator itself: the overhead is that of eager PyTorch.
+Each line calls the operator itself, the way that costs least: the overhead is that of eager PyTorch.
 """
 
 from __future__ import annotations
 
 import keyword
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,19 +21,29 @@ import torch
 from torch import Tensor, fx
 
 from fzero._torch import OpOverload
+from fzero.program.bindings import quickest
 from fzero.program.trace import Trace
 
 Lowered = Callable[[list[Tensor]], list[Tensor]]
 
+# Under this name the globals of generated code hold a dict from line number to the node that the line came from.
+NODES = "__nodes__"
 
-def lower_graph(module: fx.GraphModule, bodies: Mapping[str, Trace] | None = None) -> Lowered:
+
+def lower_graph(
+    module: fx.GraphModule,
+    bodies: Mapping[str, Trace] | None = None,
+    lower_body: Callable[[Trace], Lowered] | None = None,
+) -> Lowered:
     """Return the graph as a function of a list of inputs, which it empties.
 
     Args:
         module: a graph whose output is a list of tensors.
         bodies: the loop bodies that it refers to.
+        lower_body: how these are lowered; likewise where it is left out.
     """
-    loops = {name: lower_graph(body.module, body.bodies) for name, body in (bodies or {}).items()}
+    lower_body = lower_body or (lambda body: lower_graph(body.module, body.bodies))
+    loops = {name: lower_body(body) for name, body in (bodies or {}).items()}
     source, scope = python_source(module, loops)
     exec(compile(source, f"<program {id(module):x}>", "exec"), scope)
     return scope["program"]
@@ -43,6 +54,7 @@ def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = 
     scope = _Scope(module, loops or {})
     last = _last_uses(module.graph)
     lines, inputs = [], []
+    nodes: list[tuple[int, fx.Node]] = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             inputs.append(node.name)
@@ -53,9 +65,8 @@ def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = 
         if node.op == "get_attr":
             continue
         assert node.op == "call_function", f"make_fx gives no {node.op}"
-        arguments = [scope.text(a) for a in node.args]
-        arguments += [f"{key}={scope.text(value)}" for key, value in node.kwargs.items()]
-        call = f"{scope.name(node.target, _target_name(node.target))}({', '.join(arguments)})"
+        call = _call(scope, node)
+        nodes.append((len(lines), node))
         lines.append(f"{node.name} = {call}" if node.users else call)
         if dying := last.get(node):
             lines.append("del " + ", ".join(n.name for n in dying))
@@ -65,7 +76,18 @@ def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = 
         header += [f"    {', '.join(inputs)}, = inputs", "    inputs.clear()"]
     if unused:
         header.append(f"    del {', '.join(unused)}")
+    scope.values[NODES] = {len(header) + 1 + at: node for at, node in nodes}
     return "\n".join(header + ["    " + line for line in lines]) + "\n", scope.values
+
+
+def _call(scope: _Scope, node: fx.Node) -> str:
+    function, args = node.target, node.args
+    if function is operator.getitem:
+        return f"{scope.text(args[0])}[{scope.text(args[1])}]"
+    if isinstance(function, OpOverload) and all(scope.value(source) is not None for source in node.all_input_nodes):
+        function, args = quickest(function, args, node.kwargs, node.meta.get("val"), scope.value)
+    texts = [*map(scope.text, args), *(f"{key}={scope.text(value)}" for key, value in node.kwargs.items())]
+    return f"{scope.name(function, _target_name(node.target))}({', '.join(texts)})"
 
 
 class _Scope:
@@ -89,11 +111,15 @@ class _Scope:
             self.known[id(value)] = name
         return self.known[id(value)]
 
+    def value(self, node: fx.Node) -> Any:
+        """Return a tensor such as a node will stand for, or the constant that it stands for."""
+        return attribute(self.module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+
     def text(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
             if argument.op == "get_attr":
                 name = str(argument.target)
-                return self.name(self.loops.get(name) or _attribute(self.module, name), name)
+                return self.name(self.loops.get(name) or attribute(self.module, name), name)
             return argument.name
         if isinstance(argument, tuple):
             return f"({''.join(self.text(a) + ', ' for a in argument)})"
@@ -122,7 +148,8 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-def _attribute(module: fx.GraphModule, path: str) -> Any:
+def attribute(module: fx.GraphModule, path: str) -> Any:
+    """Return what a `get_attr` node of a graph stands for."""
     value: Any = module
     for name in path.split("."):
         value = getattr(value, name)

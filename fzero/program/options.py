@@ -15,9 +15,12 @@ class Options:
     """The choices of `fz.jit`, checked. Bytes are a rank's.
 
     Attributes:
-        lower: how the graph is run; `None` picks by device: `"graph"` on a CPU, `"inductor"` on CUDA.
+        lower: how the graph is run. `"graph"`: operation by operation, bitwise equal to the function. `"inductor"`:
+            compiled into fused kernels at the first call, close to it. `"cudagraph"`: the operations of `"graph"`,
+            recorded on CUDA at the second call and replayed from then on. `None` picks by device: `"graph"` on a CPU,
+            `"inductor"` on CUDA.
         remat: which forward values are made again for the backward: `"none"`, `"block"` for all that a block makes
-            inside, or a number of bytes: as many blocks as it takes until what is kept for the backward is at most that.
+            inside, or a number of bytes: as many blocks as it takes until what is kept for the backward is no more.
         keep_gathered: bytes of gathered parameters that ZeRO-3 may keep from forward to backward; the others are
             gathered again. `math.inf` keeps all.
         bucket: the most bytes that collectives of one block move in one call; 0 leaves each leaf its own.

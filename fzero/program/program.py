@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fzero._torch import readable
+from fzero._torch import OpOverload
+from fzero.program.devices import Device, Estimate, estimate
+from fzero.program.failure import note_place
+from fzero.program.flops import flops_of
 from fzero.program.lower import Lowered
+from fzero.program.memory import Memory, memory_of
 from fzero.program.pipeline import Stage
+from fzero.program.text import costs, stage_table, text_of
 from fzero.program.trace import Trace
+from fzero.program.traffic import Traffic, traffic_of
+from fzero.program.walk import calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +43,68 @@ class Program:
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on flat inputs; return the output's tree."""
-        with torch.no_grad():
-            return self.trace.output.fill(self.run(inputs))
+        assert self.trace.output is not None, "a program is no loop body"
+        try:
+            with torch.no_grad():
+                results = self.run(inputs)
+        except Exception as error:
+            note_place(error)
+            raise
+        return self.trace.output.fill(results)
 
     def text(self) -> str:
-        """Return the graph as readable code, with the shape of every value."""
-        return readable(self.trace.module)
+        """Return the program as readable code, each operation with its shape and the line that it comes from."""
+        return text_of(self.trace, self.name)
 
     def print(self) -> None:
-        """Print the graph as readable code, with the shape of every value."""
-        print(self.text())
+        """Print the program as readable code, with what it costs and what each pass bought."""
+        print(f"{self.text()}\n\n{stage_table(self.stages)}")
+
+    def report(self) -> str:
+        """Return what the program costs and what each pass bought, as text."""
+        return f"{costs(self.memory(), self.traffic(), self.flops())}\n\n{stage_table(self.stages)}"
+
+    def memory(self) -> Memory:
+        """Return the bytes that a rank holds: at rest, at the peak, and by kind over the schedule."""
+        return self._memory
+
+    def traffic(self) -> Traffic:
+        """Return the bytes that a rank receives in one run, by axis and by collective."""
+        return self._traffic
+
+    def flops(self) -> int:
+        """Return the floating-point operations of one run on one rank."""
+        return self._flops
+
+    def estimate(self, device: str | Device, *, between: Collection[str] = ()) -> Estimate:
+        """Return how long one run takes at best: a roofline, see `fzero.program.devices`.
+
+        Args:
+            device: `"A100-80GB"`, `"H100"`, `"H200"`, `"B200"`, or a `fzero.program.devices.Device`.
+            between: mesh axes whose neighbours stand in different nodes.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        return estimate(self.trace, device, between=between)
+
+    @functools.cached_property
+    def _memory(self) -> Memory:
+        return memory_of(self.trace)
+
+    @functools.cached_property
+    def _traffic(self) -> Traffic:
+        return traffic_of(self.trace)
+
+    @functools.cached_property
+    def _flops(self) -> int:
+        return flops_of(self.trace)
+
+    @functools.cached_property
+    def communicates(self) -> bool:
+        """Whether it holds collectives, loop bodies included."""
+        targets = (node.target for node, _ in calls(self.trace))
+        return any(isinstance(target, OpOverload) and "c10d" in target.namespace for target in targets)
 
     def __repr__(self) -> str:
         count = sum(node.op == "call_function" for node in self.trace.module.graph.nodes)

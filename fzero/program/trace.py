@@ -22,6 +22,7 @@ from fzero.errors import RandomOpError, TraceError
 from fzero.keyed import draws
 from fzero.marks import recorded
 from fzero.program.aliases import record_aliases
+from fzero.program.captured import check_captured
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Trace:
         donated: positions of inputs whose memory may be overwritten.
         output: the output's tree without its tensors; `None` for the body of a loop, which returns a list.
         bodies: the loop bodies that the graph refers to, by the name of the attribute.
+        kinds: what each input is for, as `fzero.program.kinds.kinds_in` says; empty where nobody asked.
     """
 
     module: fx.GraphModule
@@ -42,6 +44,7 @@ class Trace:
     donated: frozenset[int]
     output: tree.Hollow | None
     bodies: Mapping[str, Trace] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> Trace:
         """Return a copy with some attributes changed."""
@@ -66,7 +69,7 @@ def trace_flat(
         donated: positions of tensors that the program may overwrite.
 
     Raises:
-        TraceError: the function looks at the values of tensors.
+        TraceError: the function looks at the values of tensors, or writes to one that it closes over.
         RandomOpError: it draws random numbers that are not keyed.
     """
     outputs: list[tree.Hollow] = []
@@ -79,6 +82,7 @@ def trace_flat(
 
     module = graph_of(flat, examples)
     check_keyed(module)
+    check_captured(module)
     return Trace(_named(module, paths), tuple(paths), donated, outputs[0], _bodies(module))
 
 
@@ -87,6 +91,7 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
 
     Raises:
         TraceError: it looks at the values of tensors.
+        RandomOpError: it draws random numbers that are not keyed, by the one operator that torch.fx cannot write down.
     """
     mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
@@ -103,16 +108,25 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
             f"Use torch.where instead of `if`, keep numbers as tensors instead of .item(), or pass what is known "
             f"beforehand as a Python value.{_hint(error)}"
         ) from error
+    except SyntaxError as error:
+        # torch.fx writes each new graph as Python, where the name of this one operator is a keyword.
+        if ".random_.from(" not in (error.text or ""):
+            raise
+        raise _not_keyed("aten.random_.from") from error
 
 
 def check_keyed(module: fx.GraphModule) -> None:
     """Raise if the graph draws from a hidden generator: recomputation would draw other numbers."""
     for node in module.graph.nodes:
         if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
-            raise RandomOpError(
-                f"fz.jit: {node.target} draws from the global random generator. Differentiate with respect to a State, "
-                f"whose seed and step key such draws, or wrap the function: fz.keyed(f)(key, ...)."
-            )
+            raise _not_keyed(node.target)
+
+
+def _not_keyed(target: Any) -> RandomOpError:
+    return RandomOpError(
+        f"fz.jit: {target} draws from the global random generator. Differentiate with respect to a State, "
+        f"whose seed and step key such draws, or wrap the function: fz.keyed(f)(key, ...)."
+    )
 
 
 def results(module: fx.GraphModule) -> list[fx.Node]:

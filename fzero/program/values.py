@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fzero._torch import OpOverload
 from fzero.kernels.in_place import IN_PLACE
-from fzero.program.aliases import alias_of
+from fzero.program.aliases import alias_of, written_by
 from fzero.program.loop import run_loop
 from fzero.program.trace import Trace
-from fzero.program.wire import ISSUES, WAIT, sent_for
+from fzero.program.wire import ISSUES, WAIT, issue_of, sent_for
 
 Buffers = tuple[int, ...]
 
@@ -70,6 +69,26 @@ class Values:
             inputs += node.op == "placeholder"
         values.kept = frozenset(kept)
         return values
+
+    def overwritten(self) -> set[fx.Node]:
+        """Return the nodes that read, or give out, memory that the function itself overwrites.
+
+        They cannot be moved freely. Updates do not count: they come behind the last reader.
+        """
+        written = {b for node, buffers in self.writes.items() if node not in self.in_place for b in buffers}
+        return {n for n in self.holds if written and not written.isdisjoint((*self.holds[n], *self.reads[n]))}
+
+    def unrepeatable(self) -> set[fx.Node]:
+        """Return the nodes that overwrite memory, or have to do with memory that is overwritten after them."""
+        written: set[int] = set()
+        found: set[fx.Node] = set()
+        for node in reversed(self.holds):
+            if not written.isdisjoint((*self.holds[node], *self.reads[node])):
+                found.add(node)
+            if node in self.writes and node not in self.in_place:
+                found.add(node)
+                written.update(self.writes[node])
+        return found
 
     def _add(self, node: fx.Node, order: dict[fx.Node, int], kept: set[int]) -> None:
         self.reads[node] = self._reads_of(node)
@@ -123,15 +142,7 @@ class Values:
         return tuple(dict.fromkeys(b for source in sources for b in self.holds[source]))
 
     def _writes_of(self, node: fx.Node) -> Buffers:
-        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-            return ()
-        written: list[int] = []
-        for position, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                for source in given if isinstance(given, list | tuple) else (given,):
-                    written += self.holds[source] if isinstance(source, fx.Node) else ()
-        return tuple(written)
+        return tuple(b for source in written_by(node) for b in self.holds[source])
 
     def _overwrites(self, node: fx.Node, order: dict[fx.Node, int], kept: set[int]) -> bool:
         """Whether a functional update may overwrite what it updates: nobody else has that memory, or reads it later."""
@@ -157,8 +168,9 @@ class Values:
         while stack:
             reader = stack.pop()
             readers.append(reader)
-            is_view = alias_of(reader) is not None and reader.target is not WAIT
-            if is_view or reader in self.writes or reader.target in ISSUES:
+            # A wait gives out what its collective made, not what that was given.
+            is_view = issue_of(reader) is self.owner[buffer] if reader.target is WAIT else alias_of(reader) is not None
+            if is_view or buffer in self.writes.get(reader, ()) or reader.target in ISSUES:
                 stack += reader.users
         return readers
 

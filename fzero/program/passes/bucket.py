@@ -56,9 +56,7 @@ def bucket(trace: Trace, options: Options) -> Trace:
     graph = trace.module.graph
     values = Values.of(trace)
     before = precedences(graph, values)
-    # Donated pieces are overwritten too, but not before their last reader.
-    written = {b for node, buffers in values.writes.items() if node not in values.in_place for b in buffers}
-    fixed = {node for node in values.reads if not written.isdisjoint(values.reads[node])}
+    fixed = values.overwritten()
     merged = [found for found in _collected(graph, before, fixed, options.bucket) if len(found.members) > 1]
     mode = mode_of(graph)
     for found in merged:
@@ -110,7 +108,7 @@ def _key(node: fx.Node) -> tuple[Any, ...] | None:
     if node.target not in _MERGE or not (block := _block(node)):
         return None
     value, marks = node.args[0].meta["val"], marks_of(node)  # type: ignore[union-attr]
-    key = (node.target, value.dtype, node.args[1:], block, marks.get("role"), marks.get("phase"))
+    key = (node.target, value.dtype, node.args[1:], block, marks.get("role"), marks.get("phase"), marks.get("repeated"))
     if node.target is _EXCHANGE:
         total = _sum_of(node)
         if value.ndim != 1 or total is None or nbytes(value) > _PACKED:
@@ -166,7 +164,7 @@ def _packed(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
     totals = [total for member in members if (total := _sum_of(member)) is not None]
     _, parts, dtype = totals[0].args
     aten, marks = torch.ops.aten, _marks(members)
-    sizes = [member.args[0].meta["val"].numel() // parts for member in members]  # type: ignore[union-attr, operator]
+    sizes = [member.args[0].meta["val"].numel() // parts for member in members]  # type: ignore[union-attr]
     rows = [
         call(graph, mode, aten.view.default, (member.args[0], [parts, n]), dict(marks_of(member)))
         for member, n in zip(members, sizes, strict=True)

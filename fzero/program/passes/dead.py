@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from fzero.program.aliases import written_by
 from fzero.program.options import Options
 from fzero.program.trace import Trace, copied
 
@@ -23,10 +24,5 @@ def dead(trace: Trace, options: Options) -> Trace:
 def sweep(graph: fx.Graph) -> None:
     """Take the nodes whose results nobody uses out of a graph."""
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users and not _writes(node):
+        if node.op not in ("placeholder", "output") and not node.users and not written_by(node):
             graph.erase_node(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

@@ -19,6 +19,7 @@ from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
 from fzero.program.pieces import from_pieces
 from fzero.program.trace import Trace, copied
+from fzero.program.values import Values
 from fzero.program.wire import GATHERS, WAIT
 
 
@@ -45,7 +46,7 @@ def _taken_out(
     """Move the kept gathers of a body in front of its loop; return the body, and what they give there."""
     placeholders = body.module.graph.find_nodes(op="placeholder")
     outside = dict(zip(placeholders[first : first + len(whole)], whole, strict=True))
-    cheap = from_pieces(body.module.graph)
+    cheap = from_pieces(body.module.graph, Values.of(body).overwritten())
     gathered, names = [], []
     last = placeholders[first + len(whole) - 1]
     for wait in list(body.module.graph.nodes):

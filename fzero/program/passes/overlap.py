@@ -33,11 +33,15 @@ def overlap(trace: Trace, options: Options) -> Trace:
     graph = trace.module.graph
     values = Values.of(trace)
     order = list(graph.nodes)
-    live = live_bytes(order, values, inside_loops(trace))
+    inside = inside_loops(trace)
+    live = live_bytes(order, values, inside)
     limit = max(live, default=0) + options.overlap
-    cheap = from_pieces(graph)
+    cheap = from_pieces(graph, values.overwritten())
     order, live = _gathers_early(order, live, limit, values, cheap)
-    order = _reductions_late(order, live, limit, values, cheap, precedences(graph, values))
+    late = _reductions_late(order, live, limit, values, cheap, precedences(graph, values))
+    # What the late nodes make on their way is not foreseen.
+    if max(live_bytes(late, values, inside), default=0) <= limit:
+        order = late
     reorder(graph, order)
     return trace
 
@@ -98,23 +102,25 @@ def _reductions_late(
     """Put what follows from a reduction in front of the next one, or where its bytes would no longer fit."""
     new_order: list[fx.Node] = []
     late: dict[fx.Node, None] = {}
-    held = 0
+    last = {b: i for i, node in enumerate(order) for b in values.reads.get(node, ())}
+    held: set[int] = set()
     under_way: fx.Node | None = None
     for i, node in enumerate(order):
         issues = node.target in ISSUES and node not in cheap
-        if issues or node.op == "output" or (late and live[i] + held > limit):
+        if issues or node.op == "output" or (late and live[i] + sum(values.size[b] for b in held) > limit):
             new_order += late
             late.clear()
             under_way = None
         if issues:
             under_way = node
-            held = sum(values.size[b] for b in (*values.reads[node], *values.makes[node]))
+            held = {*values.reads[node], *values.makes[node]}
         if under_way is not None and node is not under_way:
             needs = (*node.all_input_nodes, *before.get(node, ()))
             if any(source in late or (source is under_way and node.target is WAIT) for source in needs) or (
                 node.target is WAIT and under_way in needs[0].all_input_nodes
             ):
                 late[node] = None
+                held.update(b for b in values.reads[node] if last[b] == i)
                 continue
         new_order.append(node)
     return new_order

@@ -23,10 +23,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from fzero.marks import marks_of
+from fzero.program.aliases import alias_of, written_by
+from fzero.program.build import call, mode_of
 from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
 from fzero.program.pieces import from_pieces
@@ -34,15 +38,18 @@ from fzero.program.trace import Trace, copied
 from fzero.program.values import Values, nbytes
 from fzero.program.wire import GATHERS
 
+# The nodes of one run through a block, in order.
+_Run = dict[fx.Node, None]
+
 
 def recompute(trace: Trace, options: Options) -> Trace:
     """Return the trace with blocks, and gathers, repeated for the backward."""
     trace = trace.replace(module=copied(trace.module))
     graph = trace.module.graph
+    if options.remat != "none":
+        _without_writes(graph)
     values = Values.of(trace)
-    # Donated pieces are overwritten too, but not before their last reader.
-    written = {b for node, buffers in values.writes.items() if node not in values.in_place for b in buffers}
-    fixed = {node for node, held in values.holds.items() if not written.isdisjoint(held)}
+    fixed = values.unrepeatable()
     cheap = from_pieces(graph, fixed)
     if options.remat != "none":
         _blocks(graph, options.remat, fixed, cheap, values)
@@ -51,49 +58,89 @@ def recompute(trace: Trace, options: Options) -> Trace:
     return trace
 
 
+def _without_writes(graph: fx.Graph) -> None:
+    """Turn operations in place on memory of their own into plain ones, which may be repeated: dropout has one."""
+    mode = mode_of(graph)
+    for node in list(graph.nodes):
+        written = written_by(node)
+        if len(written) != 1 or written[0] is not node.args[0] or node.kwargs or written[0].op != "call_function":
+            continue
+        plain = _plain(str(node.target))
+        if plain is None or len(written[0].users) > 1 or alias_of(written[0]) is not None:
+            continue
+        with graph.inserting_before(node):
+            new = call(graph, mode, plain, node.args, marks_of(node))
+        same = all(f(new.meta["val"]) == f(node.meta["val"]) for f in (Tensor.stride, lambda x: (x.shape, x.dtype)))
+        (node if same else new).replace_all_uses_with(new if same else node)
+        graph.erase_node(node if same else new)
+
+
+def _plain(name: str) -> Any:
+    """Return the operator that returns what this one writes: of `aten.div_.Scalar`, `aten.div.Scalar`."""
+    namespace, operation, overload = name.split(".") if name.count(".") == 2 else ("", "", "")
+    if namespace != "aten" or not operation.endswith("_"):
+        return None
+    return getattr(getattr(torch.ops.aten, operation[:-1], None), overload, None)
+
+
 def _blocks(graph: fx.Graph, remat: str | int, fixed: set[fx.Node], cheap: set[fx.Node], values: Values) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    blocks: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and not _backward(node) and (name := marks_of(node).get("block")) is not None:
-            blocks.setdefault(name, []).append(node)
-    if not blocks and any(_backward(node) for node in graph.nodes):
+    runs = _runs(graph)
+    if not runs and any(_backward(node) for node in graph.nodes):
         raise ValueError(
             f"fz.jit: remat={remat!r} makes blocks again, and the function has none: it runs no module with a "
             f"ModuleList or Sequential through fz.functional. Wrap what is to be made again: fz.remat(f)."
         )
     others = fixed | cheap
-    saved = {name: _saved(name, nodes, others) for name, nodes in blocks.items()}
-    size = {name: _bytes_saved(nodes, values) for name, nodes in saved.items()}
-    left = sum(size.values())
-    for name in blocks:
+    saved = [_saved(run, others) for run in runs]
+    size = [_bytes_saved(nodes, run, values) for nodes, run in zip(saved, runs, strict=True)]
+    left = sum(size)
+    for run, nodes, freed in zip(runs, saved, size, strict=True):
         if isinstance(remat, int) and left <= remat:
             break
-        left -= size[name]
-        if saved[name]:
-            uses = [(node, user) for node in saved[name] for user in node.users if _backward(user) and user in order]
-            _repeat(graph, uses, order, partial(_inside, name=name, others=others))
+        left -= freed
+        if nodes:
+            uses = [(node, user) for node in nodes for user in node.users if _backward(user) and user in order]
+            _repeat(graph, uses, order, partial(_inside, run=run, others=others))
 
 
-def _saved(name: str, nodes: Iterable[fx.Node], others: set[fx.Node]) -> list[fx.Node]:
+def _runs(graph: fx.Graph) -> list[_Run]:
+    """Return the nodes of each run through a block: a model may run twice, or another have blocks of the same name."""
+    runs: list[_Run] = []
+    last = None
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = None if _backward(node) else marks_of(node).get("block")
+        if name is not None and name != last:
+            runs.append({})
+        if name is not None:
+            runs[-1][node] = None
+        if name is not None or _backward(node):
+            last = name
+    return runs
+
+
+def _saved(run: _Run, others: set[fx.Node]) -> list[fx.Node]:
     """Return what the backward reads of a block's values and the forward does not read outside of it."""
-    found = []
-    for node in nodes:
-        kept = any(not _backward(user) and marks_of(user).get("block") != name for user in node.users)
-        if not kept and node not in others and any(_backward(user) for user in node.users):
-            found.append(node)
-    return found
+    return [n for n in run if n not in others and not _leaves(n, run) and any(_backward(u) for u in n.users)]
 
 
-def _bytes_saved(nodes: Iterable[fx.Node], values: Values) -> int:
-    return sum(values.size[b] for b in dict.fromkeys(b for node in nodes for b in values.holds[node]))
+def _bytes_saved(saved: Iterable[fx.Node], run: _Run, values: Values) -> int:
+    """Return the bytes of memory that only what is saved keeps: not what it is a view of, or what leaves the block."""
+    staying = {b for node in run if _leaves(node, run) for b in values.holds[node]}
+    held = {b for node in saved for b in values.holds[node] if values.owner[b] in run}
+    return sum(values.size[b] for b in held - staying)
 
 
-def _inside(node: fx.Node, *, name: str, others: set[fx.Node]) -> bool:
+def _leaves(node: fx.Node, run: _Run) -> bool:
+    """Whether the forward uses a value outside of the block that makes it."""
+    return any(not _backward(user) and user not in run for user in node.users)
+
+
+def _inside(node: fx.Node, *, run: _Run, others: set[fx.Node]) -> bool:
     """Whether a block's node may be repeated: everything but what the forward uses outside of it."""
-    if node in others or _backward(node) or marks_of(node).get("block") != name:
-        return False
-    return all(_backward(user) or marks_of(user).get("block") == name for user in node.users)
+    return node in run and node not in others and not _leaves(node, run)
 
 
 def _repeat(

@@ -4,7 +4,8 @@ As traced, a full leaf is gathered before anything runs, and gradients are reduc
 scheduler goes through the nodes in the order of the program and lets some come earlier or later:
 
     later     what leads from pieces to full leaves, and views: each comes right before what needs it
-    first     small things that hang on nothing large: learning rate, keys, factors. Updates need them
+              Small things that hang on nothing large, such as learning rate, keys and factors, do so too
+    first     other small things that hang on inputs alone
     at once   whatever frees more than it makes, together with what follows from it alone: reduce, wait, update. One
               step of such a chain may cost memory, so it is judged as a whole, and taken only while it stays under
               the peak so far; or else it is tried again when there is less alive
@@ -16,12 +17,12 @@ chain and one that minds the peak, and the best of them and of the order that ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container
 
 from torch import fx
 
 from fzero.program.aliases import alias_of
-from fzero.program.memory import live_bytes
+from fzero.program.memory import inside_loops, live_bytes
 from fzero.program.options import Options
 from fzero.program.passes.bucket import reorder
 from fzero.program.pieces import from_pieces
@@ -41,30 +42,43 @@ def schedule(trace: Trace, options: Options) -> Trace:
     graph = trace.module.graph
     values = Values.of(trace)
     as_given = list(graph.nodes)
-    plan = _Plan(graph, values)
+    inside = inside_loops(trace)
+    plan = _Plan(graph, values, inside)
     candidates = [_Scheduler(plan, minds_peak=minds).run() for minds in (True, False)]
-    best, least = as_given, max(live_bytes(as_given, values), default=0)
+    best, least = as_given, _worth(as_given, values, inside)
     for order in candidates:
-        peak = max(live_bytes(order, values), default=0)
-        if peak < least:
-            best, least = order, peak
+        worth = _worth(order, values, inside)
+        if worth < least:
+            best, least = order, worth
     if best is not as_given:
         reorder(graph, best)
     return trace
 
 
+def _worth(order: list[fx.Node], values: Values, inside: dict[fx.Node, int]) -> tuple[int, int]:
+    """Return the peak of an order, and what it keeps alive over all of it: less is better."""
+    live = live_bytes(order, values, inside)
+    return max(live, default=0), sum(live)
+
+
 class _Plan:
     """What both schedules look at: who needs whom, and which nodes come with their consumer."""
 
-    def __init__(self, graph: fx.Graph, values: Values):
+    def __init__(self, graph: fx.Graph, values: Values, inside: dict[fx.Node, int]):
+        self.inside = inside
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.values = values
         self.output = graph.output_node()
         self.before = precedences(graph, values)
-        cheap = from_pieces(graph)
+        self.in_place = set(values.in_place)
+        cheap = from_pieces(graph, values.overwritten())
         views = {n for n in self.nodes if alias_of(n) is not None and n not in values.writes}
+        self.tiny = min(4096, max(values.size, default=0) // 256)
         self.lazy = {n for n in self.nodes if n.op == "get_attr" or n in cheap or n in views}
+        for n in self.nodes:
+            if n.op == "call_function" and self._is_small(n):
+                self.lazy.add(n)
         self.parts = {n: _parts(n) for n in self.nodes if n.op == "call_function" and n not in self.lazy}
         self.lazy.difference_update(part for parts in self.parts.values() for part in parts)
         self.readers = [0] * len(values.size)
@@ -87,7 +101,15 @@ class _Plan:
                 b for n in (*self.pulled(node, ()), node, *self.parts[node]) for b in values.reads[n]
             ):
                 self.readers_of.setdefault(b, []).append(node)
-        self.tiny = min(4096, max(values.size, default=0) // 256)
+
+    def _is_small(self, node: fx.Node) -> bool:
+        """Whether a node makes something small of small inputs, and does nothing else."""
+        if node in self.inside or node.target in ISSUES or (node in self.values.writes and node not in self.in_place):
+            return False
+        needed = (*node.all_input_nodes, *self.before.get(node, ()))
+        if any(source.op != "placeholder" and source not in self.lazy for source in needed):
+            return False
+        return all(self.values.size[b] <= self.tiny for b in (*self.values.reads[node], *self.values.makes[node]))
 
     def _hard_needs(self, node: fx.Node, whole: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         """Return the nodes that must have run before this one can, those behind views and gathers included."""
@@ -99,19 +121,19 @@ class _Plan:
                 if source in seen or source.op == "placeholder":
                     continue
                 seen.add(source)
-                # What must come before a writer has to have run itself; what feeds it comes with it.
                 if source in self.lazy:
                     stack.append(source)
                 else:
                     found[whole.get(source, source)] = None
         return list(found)
 
-    def pulled(self, node: fx.Node, emitted: Iterable[fx.Node]) -> list[fx.Node]:
-        """Return the views and gathers that come with a node, in order."""
+    def pulled(self, node: fx.Node, emitted: Container[fx.Node]) -> list[fx.Node]:
+        """Return the views and gathers that come with a node, in order; with an update, those of what it overwrites."""
         found: set[fx.Node] = set()
         stack = [node]
         while stack:
-            for source in stack.pop().all_input_nodes:
+            at = stack.pop()
+            for source in (*at.all_input_nodes, *self.before.get(at, ())):
                 if source in self.lazy and source not in emitted and source not in found:
                     found.add(source)
                     stack.append(source)
@@ -172,13 +194,18 @@ class _Scheduler:
             if node in self.emitted or self.missing[node]:
                 continue
             chain, net, most = self._chain(node)
-            if net > self.plan.tiny:
+            if net > (self.plan.tiny if self._reads_much(chain) else 0):
                 continue
             if self.minds_peak and self.live + most > self.peak:
                 self.refused[node] = None
                 continue
             for member in chain:
                 waiting.update(dict.fromkeys(self._emit_with(member)))
+
+    def _reads_much(self, chain: list[fx.Node]) -> bool:
+        """Whether what a chain adds, if that is little, may let something large go: the norm of a gradient does."""
+        plan = self.plan
+        return any(self.size[b] > plan.tiny for node in chain for b in plan.values.reads[node])
 
     def _chain(self, node: fx.Node) -> tuple[list[fx.Node], int, int]:
         """Return the start of the chain from a node that frees most: its nodes, the bytes it adds, and its own peak."""
@@ -209,7 +236,7 @@ class _Scheduler:
         values = self.plan.values
         for b in values.makes[node]:
             live += self.size[b]
-        most = max(most, live)
+        most = max(most, live + self.plan.inside.get(node, 0))
         for b in values.reads[node]:
             taken[b] = taken.get(b, 0) + 1
             if taken[b] == self.left[b]:
@@ -241,7 +268,7 @@ class _Scheduler:
         values, live = self.plan.values, self.live
         for b in values.makes[node]:
             live += self.size[b]
-        peak = max(self.peak, live)
+        peak = max(self.peak, live + self.plan.inside.get(node, 0))
         for b in values.reads[node]:
             self.left[b] -= 1
             if not self.left[b]:
@@ -258,5 +285,5 @@ class _Either:
     def __init__(self, a: set[fx.Node], b: set[fx.Node]):
         self.a, self.b = a, b
 
-    def __contains__(self, node: fx.Node) -> bool:
+    def __contains__(self, node: object) -> bool:
         return node in self.a or node in self.b

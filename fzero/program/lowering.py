@@ -1,0 +1,38 @@
+"""Which lowering runs a program."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from fzero.program.lower import Lowered, attribute, lower_graph
+from fzero.program.lower_cudagraph import lower_cudagraph
+from fzero.program.lower_inductor import lower_inductor
+from fzero.program.options import Lower, Options
+from fzero.program.trace import Trace
+
+
+def lowered(trace: Trace, options: Options) -> Lowered:
+    """Return a trace, after all passes, as a function of a list of inputs, which it empties.
+
+    Raises:
+        ValueError: a CUDA graph is asked for, and an input of the program is not on CUDA.
+    """
+    lower = options.lower or default_lower(trace)
+    if lower == "cudagraph":
+        return lower_cudagraph(trace)
+    if lower == "inductor":
+        # Compiled at the first call: a program that is only looked at needs no compiler.
+        compiled = functools.cache(lambda: lower_inductor(trace))
+        return lambda inputs: compiled()(inputs)
+    return lower_graph(trace.module, trace.bodies)
+
+
+def default_lower(trace: Trace) -> Lower:
+    """Return the lowering for the device of the inputs, or of the constants where there is no input."""
+    graph, module = trace.module.graph, trace.module
+    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    values += [attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")]
+    on_cuda = any(x.device.type == "cuda" for x in values if isinstance(x, Tensor))
+    return "inductor" if on_cuda else "graph"
