@@ -3,8 +3,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
+BENCH := .venv/.installed-bench
 
-.PHONY: help install demo test test-all lint format bench bench-gpu clean
+.PHONY: help install demo test test-all lint format bench bench-gpu bench-programs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	        exit 1; }; \
 	    $(PYTHON) -m venv .venv; }
 	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# DeepSpeed is built from source: for a CPU, and without its own kernels, which the benchmark does not use.
+$(BENCH): $(INSTALLED)
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
 	@touch $@
 
 demo: $(INSTALLED)  ## train a small GPT
@@ -40,11 +46,14 @@ format: $(INSTALLED)  ## let ruff fix and format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(INSTALLED)  ## time and memory of a step on this machine's CPU
+bench: $(BENCH)  ## time and memory of a step on this machine's CPU, beside DDP, FSDP2 and DeepSpeed
 	$(RUN) benchmarks/step.py
 
 bench-gpu: $(INSTALLED)  ## the same on CUDA
 	$(RUN) benchmarks/step.py --device cuda
+
+bench-programs: $(INSTALLED)  ## what programs tell without running: peaks, traffic, tracing time, large worlds
+	$(RUN) benchmarks/programs.py
 
 clean:  ## remove what runs leave behind, except .venv
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

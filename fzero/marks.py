@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import einops
 import torch
 from torch import fx, nn
 from torch.fx import traceback
@@ -32,7 +33,7 @@ _TORCH = torch.__path__[0] + "/"
 # Where a trace begins.
 _TRACER = _OWN + "program/trace.py"
 # Frames between an operation and the line that the user wrote.
-_SKIPPED = (_TORCH, _OWN, contextlib.__file__, "<")
+_SKIPPED = (_TORCH, _OWN, einops.__path__[0], contextlib.__file__, "<")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -15,17 +15,16 @@ from fzero._torch import c10d
 from fzero.marks import marks_of
 from fzero.program.options import Options
 from fzero.program.passes.bucket import _PACKED, bucket
-from fzero.program.passes.recompute import recompute
 from fzero.program.pipeline import applied
 from fzero.program.trace import Trace
-from fzero.program.values import Values, nbytes
+from fzero.program.values import nbytes
 from fzero.program.wire import GATHERS, ISSUES
 from tests import world
 from tests.programs import DEPTH, after, gathers, misplaced, nodes, raw, simulated, text, tokens, training
 from tests.small import assert_same_bits
 
 LIMIT = 128 * 2**20
-GATHER, GATHERS_TOGETHER = c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_coalesced.default
+GATHERS_TOGETHER = c10d.all_gather_into_tensor_coalesced.default
 SCATTERS = {c10d.reduce_scatter_tensor.default, c10d.reduce_scatter_tensor_coalesced.default}
 
 
@@ -39,11 +38,11 @@ def bucketed(trace: Trace, limit: int = LIMIT) -> Trace:
     return applied(bucket, trace, Options(bucket=limit))
 
 
-def calls(trace: Trace, role: str) -> Counter[tuple[str, str]]:
+def calls(trace: Trace, role: str, kinds: Collection[Any] = ISSUES) -> Counter[tuple[str, str]]:
     """How many calls of collectives there are for each block and phase."""
-    found = [marks_of(n) for n in nodes(trace) if n.target in ISSUES]
+    found = [marks_of(n) for n in nodes(trace) if n.target in kinds]
     marks = [m for m in found if m.get("role") == role]
-    return Counter((_block(m["leaf"].split(", ")[0]), m.get("phase", "forward")) for m in marks)
+    return Counter((_block(m["leaf"].split(", ")[0]), m.get("phase") or "forward") for m in marks)
 
 
 def _block(leaf: str) -> str:
@@ -60,7 +59,9 @@ def test_one_call_for_each_block_and_direction(microbatches: int) -> None:
     once = {(block, phase): 1 for block in BLOCKS for phase in ("forward", "backward")}
     # The head is tied to the embedding: the second gather of that leaf is for the head's forward.
     assert calls(found, "gather") == once | {("embed", "forward"): 2}
-    assert calls(found, "reduce") == {(block, "backward"): 1 for block in [*BLOCKS, "embed"]}
+    assert calls(found, "reduce", SCATTERS) == {(block, "backward"): 1 for block in [*BLOCKS, "embed"]}
+    # Gradients of leaves that are too small to cut are gathered, and added everywhere.
+    assert calls(found, "reduce", GATHERS) == {(block, "backward"): 1 for block in BLOCKS}
     assert sum(calls(trace, "gather").values()) > sum(calls(found, "gather").values())
     assert gathers(found) == gathers(trace), "each leaf as often as before"
 
@@ -84,7 +85,7 @@ def test_leaves_of_a_call_stand_in_the_order_of_the_parameters() -> None:
             assert places == sorted(places)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 300, 500, 1000, 10**6])
+@pytest.mark.parametrize("limit", [0, 79, 80, 500, 1000, 10**6])
 def test_no_call_carries_more_than_the_limit(limit: int) -> None:
     trace = unbucketed(simulated(2))
     found = bucketed(trace, limit)
@@ -96,13 +97,13 @@ def test_no_call_carries_more_than_the_limit(limit: int) -> None:
             many = isinstance(node.args[0], list | tuple) and len(node.args[0]) > 1
             assert _moved(node) <= limit if many else alone[_moved(node)] > 0
     assert count <= alone.total()
-    assert (count == alone.total()) == (limit < 500), "the smallest two that may share a call are 460 and 460 bytes"
+    assert (count == alone.total()) == (limit < 80), "the smallest two that may share a call have 40 bytes each"
 
 
 def _moved(issue: fx.Node) -> int:
     """The larger of what a collective is given and what it returns."""
     inputs = issue.args[0] if isinstance(issue.args[0], list | tuple) else [issue.args[0]]
-    given = sum(nbytes(x.meta["val"]) for x in inputs)  # type: ignore[union-attr]
+    given = sum(nbytes(x.meta["val"]) for x in inputs)  # type: ignore[union-attr,misc]
     value = issue.meta["val"]
     return max(given, sum(map(nbytes, value)) if isinstance(value, list | tuple) else nbytes(value))
 
@@ -136,12 +137,10 @@ def inner_step(state: fz.State, x: Tensor, y: Tensor) -> Any:
 
     inner = fz.grad(loss)(state, x)
     moved = state.params.replace(
-        pieces=tuple(p - 0.1 * g for p, g in zip(state.params.pieces, inner.pieces, strict=True))  # type: ignore[operator]
+        pieces=tuple(p - 0.1 * g for p, g in zip(state.params.pieces, inner.pieces, strict=True))
     )
     outer = fz.grad(loss)(moved, y)
-    third = state.params.replace(
-        pieces=tuple(p - 0.1 * g for p, g in zip(moved.pieces, outer.pieces, strict=True))  # type: ignore[operator]
-    )
+    third = state.params.replace(pieces=tuple(p - 0.1 * g for p, g in zip(moved.pieces, outer.pieces, strict=True)))
     return inner, outer, fz.grad(loss)(third, x + y)
 
 
@@ -154,12 +153,6 @@ def meta_state(mesh: fz.Mesh) -> fz.State:
 def meta_inputs(rank: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(64, 12, generator=generator), torch.randn(64, 12, generator=generator)
-
-
-def one_merge_too_many(x: Tensor, y: Tensor, mesh: fz.Mesh) -> Any:
-    """Two reductions of one block, the second of what the first gave, and between them one of another block."""
-    first = fz.grad(lambda p: (p["layers"]["0"]["w"] * x).sum())(meta_state(mesh))
-    return first
 
 
 def test_a_gradient_of_an_update_makes_no_cycle() -> None:
@@ -182,9 +175,16 @@ def meta_steps(sizes: Sequence[int]) -> None:
         assert_same_bits(fz.jit(inner_step, bucket=limit)(state, *inputs), expected)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_gradient_of_an_update_has_the_bits_of_the_eager_one(size: int) -> None:
-    world.run(meta_steps, [LIMIT, 1500, 3000], size=size)
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [
+        (2, [LIMIT]),
+        pytest.param(2, [1500, 3000], marks=pytest.mark.slow),
+        pytest.param(4, [LIMIT], marks=pytest.mark.slow),
+    ],
+)
+def test_a_gradient_of_an_update_has_the_bits_of_the_eager_one(size: int, limits: list[int]) -> None:
+    world.run(meta_steps, limits, size=size)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,7 +233,8 @@ def exchanges() -> tuple[dict[Any, int], dict[Any, int], list[list[int]]]:
     assert all(str(n.target).startswith("aten.cat") for v in values for n in v.all_input_nodes if _together(v))
     assert not list(misplaced(found))
     shapes = [list(v.meta["val"].shape) for v in values]
-    return dict(calls(found, "reduce")), dict(calls(trace, "reduce")), shapes
+    kinds = {c10d.all_to_all_single.default}
+    return dict(calls(found, "reduce", kinds)), dict(calls(trace, "reduce", kinds)), shapes
 
 
 def _together(node: fx.Node) -> bool:
@@ -293,7 +294,4 @@ def test_the_pass_is_pure_and_deterministic(microbatches: int) -> None:
     assert text(once) == text(again)
     assert not list(misplaced(once))
     assert text(bucketed(trace, 0)) == before
-    for made in nodes(once):
-        assert "val" in made.meta, "reports read what a node returns"
-    Values.of(once)
-    assert applied(recompute, once, Options()) is not once
+    assert all("val" in made.meta for made in nodes(once)), "reports read what a node returns"

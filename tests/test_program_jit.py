@@ -236,7 +236,7 @@ def test_an_error_of_the_function_arrives_as_it_is() -> None:
 
 def test_an_unknown_lowering_is_refused() -> None:
     with pytest.raises(ValueError, match="lower='cloud' is not known"):
-        fz.jit(double, lower="cloud")  # type: ignore[arg-type]
+        fz.jit(double, lower="cloud")
 
 
 # ---------------------------------------------------------------------------------------------------------

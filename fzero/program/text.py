@@ -30,14 +30,11 @@ _WIDTH = 116
 _LETTERS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
 
-def text_of(trace: Trace, name: str, stages: Sequence[Stage] = ()) -> str:
+def text_of(trace: Trace, name: str) -> str:
     """Return a program as readable code, with its inputs before it and its costs behind it."""
     lines = [f"{name}: {len(trace.inputs)} inputs", *_inputs(trace), "", f"def {_identifier(name)}:"]
     lines += [_INDENT + line for line in _code(trace)]
-    lines += ["", costs(memory_of(trace), traffic_of(trace), flops_of(trace))]
-    if stages:
-        lines += ["", stage_table(stages)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", costs(memory_of(trace), traffic_of(trace), flops_of(trace))])
 
 
 def costs(memory: Memory, traffic: Traffic, flops: int) -> str:

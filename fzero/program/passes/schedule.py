@@ -44,21 +44,12 @@ def schedule(trace: Trace, options: Options) -> Trace:
     as_given = list(graph.nodes)
     inside = inside_loops(trace)
     plan = _Plan(graph, values, inside)
-    candidates = [_Scheduler(plan, minds_peak=minds).run() for minds in (True, False)]
-    best, least = as_given, _worth(as_given, values, inside)
-    for order in candidates:
-        worth = _worth(order, values, inside)
-        if worth < least:
-            best, least = order, worth
+    orders = [*(_Scheduler(plan, minds_peak=minds).run() for minds in (True, False)), as_given]
+    # Of equals the first: where something else sets the peak, a schedule still makes room for `overlap`.
+    best = min(orders, key=lambda order: max(live_bytes(order, values, inside), default=0))
     if best is not as_given:
         reorder(graph, best)
     return trace
-
-
-def _worth(order: list[fx.Node], values: Values, inside: dict[fx.Node, int]) -> tuple[int, int]:
-    """Return the peak of an order, and what it keeps alive over all of it: less is better."""
-    live = live_bytes(order, values, inside)
-    return max(live, default=0), sum(live)
 
 
 class _Plan:
