@@ -1,8 +1,9 @@
 """What programs tell of a step without running it, how long that takes, and how near it is to a run.
 
-    python benchmarks/programs.py [--parts passes worlds depths runs] [--out FILE]
+    python benchmarks/programs.py [--parts passes layouts worlds depths runs] [--out FILE]
 
     passes    the peak after each pass: a GPT of 124 M parameters, ZeRO-3 on 8 ranks
+    layouts   the collectives of a step of it in each layout
     worlds    a report on Llama 3.1 8B on 8 ranks, and 405B on 16,384, from this machine
     depths    seconds of tracing and passes over the depth of a GPT of 1.3 B parameters and half and twice that
     runs      the peak that is foretold over the one that the allocator sees, in this process
@@ -50,10 +51,10 @@ DEVICES = ("H100", "H200")
 Rows = list[dict[str, Any]]
 
 
-def training(model: Callable[[], nn.Module], mesh: fz.Mesh, **options: Any) -> tuple[fz.State, Any]:
-    """Return a state under ZeRO-3 and its step: AdamW, bfloat16, no clip."""
+def training(model: Callable[[], nn.Module], mesh: fz.Mesh, stage: int = 3, **options: Any) -> tuple[fz.State, Any]:
+    """Return a state and its step: AdamW, bfloat16, no clip."""
     apply, _ = fz.functional(model)
-    state = fz.init(model, fz.adamw(1e-3), mesh, fz.zero(3), policy="bf16")
+    state = fz.init(model, fz.adamw(1e-3), mesh, fz.zero(stage), policy="bf16")
 
     def loss(params: Any, text: Tensor) -> Tensor:
         return F.cross_entropy(apply(params, text[:, :-1]).flatten(0, 1).float(), text[:, 1:].flatten())
@@ -72,12 +73,29 @@ def traced(model: Callable[[], nn.Module], ranks: int, tokens: int, **options: A
 
 def passes() -> Rows:
     rows = []
-    for remat in ("none", "block"):
-        _, program, _ = traced(lambda: GPT(GPT_124M), 8, 1024, remat=remat)
+    for tokens, remat in ((128, "none"), (128, "block"), (1024, "none"), (1024, "block")):
+        _, program, _ = traced(lambda: GPT(GPT_124M), 8, tokens, remat=remat)
         memory = program.memory()
         stages = [asdict(stage) for stage in program.stages]
         by_kind = dict(memory.by_kind)
-        rows.append({"remat": remat, "stages": stages, "at_rest": memory.at_rest, "by_kind": by_kind})
+        rows.append({"tokens": tokens, "remat": remat, "stages": stages, "at_rest": memory.at_rest, "by_kind": by_kind})
+    return rows
+
+
+def layouts() -> Rows:
+    rows = []
+    for stage, keep in ((0, 0), (1, 0), (3, 0), (3, math.inf)):
+        state, program, _ = traced(lambda: GPT(GPT_124M), 8, 128, stage=stage, keep_gathered=keep)
+        traffic = program.traffic()
+        weights = 2 * sum(map(math.prod, state.params.shapes))
+        rows.append(
+            {
+                "layout": f"fz.zero({stage})" + (", kept" if keep else ""),
+                "calls": dict(traffic.calls),
+                "received": dict(traffic.by_collective),
+                "over_parameters": round(traffic.total / weights * 8 / 7, 4),
+            }
+        )
     return rows
 
 
@@ -150,16 +168,36 @@ def runs() -> Rows:
     return rows
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"passes": passes, "worlds": worlds, "depths": depths, "runs": runs}
+PARTS: dict[str, Callable[[], Rows]] = {
+    "passes": passes,
+    "layouts": layouts,
+    "worlds": worlds,
+    "depths": depths,
+    "runs": runs,
+}
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Return a result as the tables of the documentation."""
-    texts = []
+def tables(record: dict[str, Any]) -> dict[str, str]:
+    """Return a result as the tables of the documentation, by part."""
+    texts = {}
     if rows := record.get("passes"):
         names = [stage["name"] for stage in rows[0]["stages"]]
-        peaks = [[row["remat"], *(amount(s["peak"]) for s in row["stages"]), amount(row["at_rest"])] for row in rows]
-        texts.append(table(["peak a rank after, remat", *names, "at rest"], peaks))
+        peaks = [
+            [f"{row['tokens']:,}", row["remat"], *(amount(s["peak"]) for s in row["stages"]), amount(row["at_rest"])]
+            for row in rows
+        ]
+        texts["passes"] = table(["tokens", "remat", *names, "at rest"], peaks)
+    if rows := record.get("layouts"):
+        kinds = ("all_gather", "reduce_scatter")
+        cells = [
+            [
+                f"`{row['layout']}`",
+                *(f"{row['calls'].get(k, 0)}, {amount(row['received'].get(k, 0))}" for k in kinds),
+                f"{row['over_parameters']:.3f}·P",
+            ]
+            for row in rows
+        ]
+        texts["layouts"] = table(["layout", *(f"{kind}: calls, bytes" for kind in kinds), "in all × N/(N − 1)"], cells)
     if rows := record.get("worlds"):
         heads = ["Llama 3.1", "ranks", "s to report", "at rest", "peak", "received a step", "TFLOP a step"]
         heads += [f"step on {device}, at best" for device in DEVICES]
@@ -168,17 +206,19 @@ def markdown(record: dict[str, Any]) -> str:
             cost = [*(amount(row[k]) for k in ("at_rest", "peak", "received")), f"{row['flops'] / 1e12:,.0f}"]
             best = [f"{row['step'][device]:.2f} s" for device in DEVICES]
             cells.append([row["model"], f"{row['ranks']:,}", f"{row['seconds']:.0f}", *cost, *best])
-        texts.append(table(heads, cells))
+        texts["worlds"] = table(heads, cells)
     if rows := record.get("depths"):
         cells = [
             [str(row["depth"]), f"{row['nodes']:,}", f"{row['seconds']:.1f}", f"{row['in_passes']:.1f}"] for row in rows
         ]
-        texts.append(table(["layers of width 2048", "operations", "s to trace, passes included", "s of passes"], cells))
+        texts["depths"] = table(
+            ["layers of width 2048", "operations", "s to trace, passes included", "s of passes"], cells
+        )
     if rows := record.get("runs"):
         sizes = [[*(amount(row[k]) for k in ("foretold", "measured")), f"{row['foretold_over']:.3f}"] for row in rows]
         cells = [[row["model"], row["remat"], *own] for row, own in zip(rows, sizes, strict=True)]
-        texts.append(table(["model", "remat", "peak foretold", "measured", "ratio"], cells))
-    return "\n\n".join(texts)
+        texts["runs"] = table(["model", "remat", "peak foretold", "measured", "ratio"], cells)
+    return texts
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -203,7 +243,7 @@ def main() -> None:
     record = about()
     for name in args.parts:
         record[name] = PARTS[name]()
-        print(markdown({name: record[name]}), end="\n\n", flush=True)
+        print(tables({name: record[name]})[name], end="\n\n", flush=True)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -187,8 +187,10 @@ def main() -> None:
     args = arguments()
     if args.device == "cpu" and args.ranks > 1 and "WORLD_SIZE" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-        quiet = {"KINETO_LOG_LEVEL": "99", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.ranks))}
-        sys.exit(subprocess.call([*launcher, *sys.argv], env=quiet | os.environ))
+        settings = {"KINETO_LOG_LEVEL": "99", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.ranks))}
+        # For every candidate: memory that is freed stays with the process, or each step would fault it in again.
+        settings |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**32 - 1))
+        sys.exit(subprocess.call([*launcher, *sys.argv], env=settings | os.environ))
     measure(args)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import lowering
 import pytest
+from programs import tables
 from state_bytes import table, weigh
 from step import markdown
 
@@ -31,6 +33,19 @@ def test_the_table_is_the_measured_one():
 def test_the_table_of_the_step_is_the_measured_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
     assert f"<!-- step-cpu -->\n{markdown(record)}\n<!-- /step-cpu -->" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_table_of_the_lowering_is_the_measured_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "lowering-cpu.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- lowering -->\n{lowering.markdown(record)}\n<!-- /lowering -->" in text
+
+
+@pytest.mark.parametrize("part", ["passes", "layouts", "worlds", "depths", "runs"])
+def test_the_tables_of_programs_are_the_measured_ones(part):
+    record = json.loads((ROOT / "benchmarks" / "results" / "programs.json").read_text())
+    text = (ROOT / "docs" / "programs.md").read_text()
+    assert f"<!-- {part} -->\n{tables(record)[part]}\n<!-- /{part} -->" in text
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))

@@ -10,8 +10,9 @@ scheduler goes through the nodes in the order of the program and lets some come 
               step of such a chain may cost memory, so it is judged as a whole, and taken only while it stays under
               the peak so far; or else it is tried again when there is less alive
 
-Nodes that overwrite memory keep their place between its readers. Two such orders are made, one that takes every such
-chain and one that minds the peak, and the best of them and of the order that came in is returned: no schedule is worse.
+Nodes that overwrite memory keep their place between its readers. Such orders are made, one that takes every such chain,
+one that minds the peak, and one that takes reductions and updates alone; the best of them and of the order that came in
+is returned: no schedule is worse.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Container
 
 from torch import fx
 
+from fzero.marks import marks_of
 from fzero.program.aliases import alias_of
 from fzero.program.memory import inside_loops, live_bytes
 from fzero.program.options import Options
@@ -30,6 +32,8 @@ from fzero.program.trace import Trace, copied
 from fzero.program.values import Values, precedences
 from fzero.program.wire import ISSUES, WAIT
 
+# What is taken out of turn: chains under the peak so far, all chains, or reductions and updates whatever they cost.
+_RULES = ("under the peak", "all", "by role")
 # Nodes that a chain is followed for.
 _CHAIN = 12
 # Chains that did not fit under the peak and are tried again after a step.
@@ -44,7 +48,7 @@ def schedule(trace: Trace, options: Options) -> Trace:
     as_given = list(graph.nodes)
     inside = inside_loops(trace)
     plan = _Plan(graph, values, inside)
-    orders = [*(_Scheduler(plan, minds_peak=minds).run() for minds in (True, False)), as_given]
+    orders = [*(_Scheduler(plan, rule).run() for rule in _RULES), as_given]
     # Of equals the first: where something else sets the peak, a schedule still makes room for `overlap`.
     best = min(orders, key=lambda order: max(live_bytes(order, values, inside), default=0))
     if best is not as_given:
@@ -140,9 +144,9 @@ def _parts(node: fx.Node) -> list[fx.Node]:
 
 
 class _Scheduler:
-    def __init__(self, plan: _Plan, *, minds_peak: bool):
+    def __init__(self, plan: _Plan, rule: str):
         self.plan = plan
-        self.minds_peak = minds_peak
+        self.rule = rule
         self.size = plan.values.size
         self.left = list(plan.readers)
         self.missing = {node: len(needed) for node, needed in plan.needs.items()}
@@ -184,10 +188,14 @@ class _Scheduler:
             self.refused.pop(node, None)
             if node in self.emitted or self.missing[node]:
                 continue
+            if self.rule == "by role":
+                if marks_of(node).get("role") in ("reduce", "update"):
+                    waiting.update(dict.fromkeys(self._emit_with(node)))
+                continue
             chain, net, most = self._chain(node)
             if net > (self.plan.tiny if self._reads_much(chain) else 0):
                 continue
-            if self.minds_peak and self.live + most > self.peak:
+            if self.rule == "under the peak" and self.live + most > self.peak:
                 self.refused[node] = None
                 continue
             for member in chain:
