@@ -2,17 +2,19 @@
 
 A scheduled program gathers a block right before it is used, and waits for it at once; the wire idles while it
 computes, and computing idles while the wire is busy. So a gather is issued while the block before it runs, and what
-follows from a reduction waits until the next reduction is about to start:
+follows from a reduction waits until later reductions have started:
 
     scheduled    gather 2, wait 2, block 2;  gather 3, wait 3, block 3;   …  reduce 3, wait, update 3;  block 2 backward
     overlapped   wait 2, gather 3, block 2;  wait 3, gather 4, block 3;   …  reduce 3, block 2 backward, wait, update 3
 
 One gather at most is under way ahead of its time: it starts behind the wait for the one before, and as much later as it
-takes for its bytes to fit under the peak of the schedule plus `overlap` bytes. In the same way what a reduction sends
-and receives is held as long as it fits, and at most until the next reduction.
+takes for its bytes to fit under the peak of the schedule plus `overlap` bytes. In the same way what reductions send
+and receive is held as long as it fits, and at most until eight more have started: a block has about as many.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -22,7 +24,10 @@ from fzero.program.passes.bucket import reorder
 from fzero.program.pieces import from_pieces
 from fzero.program.trace import Trace, copied
 from fzero.program.values import Values, precedences
-from fzero.program.wire import ISSUES, WAIT
+from fzero.program.wire import ISSUES, WAIT, issue_of
+
+# Reductions that may be under way at once.
+_UNDER_WAY = 8
 
 
 def overlap(trace: Trace, options: Options) -> Trace:
@@ -91,6 +96,18 @@ def _issued_with(issue: fx.Node, cheap: set[fx.Node], position: dict[fx.Node, in
     return sorted(found, key=position.__getitem__)
 
 
+@dataclass
+class _UnderWay:
+    """A reduction that is not waited for yet: what follows from it, in order, and the buffers that live on for it."""
+
+    issue: fx.Node
+    late: list[fx.Node] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+
+    def is_awaited_by(self, node: fx.Node) -> bool:
+        return node.target is WAIT and issue_of(node) is self.issue
+
+
 def _reductions_late(
     order: list[fx.Node],
     live: list[int],
@@ -99,28 +116,41 @@ def _reductions_late(
     cheap: set[fx.Node],
     before: dict[fx.Node, list[fx.Node]],
 ) -> list[fx.Node]:
-    """Put what follows from a reduction in front of the next one, or where its bytes would no longer fit."""
+    """Put what follows from a reduction behind later ones, or where its bytes would no longer fit."""
     new_order: list[fx.Node] = []
-    late: dict[fx.Node, None] = {}
     last = {b: i for i, node in enumerate(order) for b in values.reads.get(node, ())}
-    held: set[int] = set()
-    under_way: fx.Node | None = None
+    under_way: list[_UnderWay] = []
+    belongs: dict[fx.Node, _UnderWay] = {}  # to which reduction a node that is late belongs
+
+    def end_first() -> None:
+        first = under_way.pop(0)
+        new_order.extend(first.late)
+        for node in first.late:
+            del belongs[node]
+
     for i, node in enumerate(order):
+        needs = (*node.all_input_nodes, *before.get(node, ()))
+        follows = [r for r in under_way if r.is_awaited_by(node) or any(belongs.get(source) is r for source in needs)]
         issues = node.target in ISSUES and node not in cheap
-        if issues or node.op == "output" or (late and live[i] + sum(values.size[b] for b in held) > limit):
-            new_order += late
-            late.clear()
-            under_way = None
+        if follows and (issues or node.op == "output"):
+            while follows[-1] in under_way:
+                end_first()
+            follows = []
         if issues:
-            under_way = node
-            held = {*values.reads[node], *values.makes[node]}
-        if under_way is not None and node is not under_way:
-            needs = (*node.all_input_nodes, *before.get(node, ()))
-            if any(source in late or (source is under_way and node.target is WAIT) for source in needs) or (
-                node.target is WAIT and under_way in needs[0].all_input_nodes
-            ):
-                late[node] = None
-                held.update(b for b in values.reads[node] if last[b] == i)
-                continue
-        new_order.append(node)
+            under_way.append(_UnderWay(node, held={*values.reads[node], *values.makes[node]}))
+        while under_way and (
+            len(under_way) > _UNDER_WAY
+            or node.op == "output"
+            or live[i] + sum(values.size[b] for b in set().union(*(r.held for r in under_way))) > limit
+        ):
+            if issues and len(under_way) == 1:
+                break  # it is this node's own, and goes on until the next node
+            end_first()
+        follows = [r for r in follows if r in under_way]
+        if follows:
+            follows[-1].late.append(node)
+            follows[-1].held.update(b for b in values.reads[node] if last[b] == i)
+            belongs[node] = follows[-1]
+        else:
+            new_order.append(node)
     return new_order

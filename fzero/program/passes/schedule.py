@@ -71,9 +71,7 @@ class _Plan:
         views = {n for n in self.nodes if alias_of(n) is not None and n not in values.writes}
         self.tiny = min(4096, max(values.size, default=0) // 256)
         self.lazy = {n for n in self.nodes if n.op == "get_attr" or n in cheap or n in views}
-        for n in self.nodes:
-            if n.op == "call_function" and self._is_small(n):
-                self.lazy.add(n)
+        self._add_small()
         self.parts = {n: _parts(n) for n in self.nodes if n.op == "call_function" and n not in self.lazy}
         self.lazy.difference_update(part for parts in self.parts.values() for part in parts)
         self.readers = [0] * len(values.size)
@@ -97,12 +95,19 @@ class _Plan:
             ):
                 self.readers_of.setdefault(b, []).append(node)
 
+    def _add_small(self) -> None:
+        """Let what is small, and hangs on inputs alone, come late too."""
+        given: set[fx.Node] = set()
+        for node in self.nodes:
+            if given.issuperset((*node.all_input_nodes, *self.before.get(node, ()))):
+                if node.op == "call_function" and self._is_small(node):
+                    self.lazy.add(node)
+                if node.op == "placeholder" or node in self.lazy:
+                    given.add(node)
+
     def _is_small(self, node: fx.Node) -> bool:
-        """Whether a node makes something small of small inputs, and does nothing else."""
+        """Whether a node makes something small of something small, and does nothing else."""
         if node in self.inside or node.target in ISSUES or (node in self.values.writes and node not in self.in_place):
-            return False
-        needed = (*node.all_input_nodes, *self.before.get(node, ()))
-        if any(source.op != "placeholder" and source not in self.lazy for source in needed):
             return False
         return all(self.values.size[b] <= self.tiny for b in (*self.values.reads[node], *self.values.makes[node]))
 
