@@ -177,9 +177,11 @@ def assert_valid(trace: Trace, found: Trace) -> None:
 
 
 def gathered_behind_a_write(pieces: fz.Sharded, x: Tensor) -> Any:
-    y = x.exp().sum()
-    pieces.pieces[0].mul_(2.0)  # type: ignore[union-attr]
-    return fz.call(lambda p: p["w"] * y, pieces), y
+    y, (piece,) = x.exp().sum(), pieces.pieces
+    assert piece is not None
+    same = pieces.replace(pieces=(piece.view(-1),))  # made before the write, and read behind it
+    piece.mul_(2.0)
+    return fz.call(lambda p: p["w"] * y, same), y
 
 
 def test_a_gather_does_not_start_before_a_write_to_its_piece() -> None:
