@@ -78,13 +78,16 @@ def test_a_traced_step_has_the_bits_of_the_eager_one(size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", FACTORS["remat"])
 @pytest.mark.parametrize("clip", FACTORS["clip"])
 @pytest.mark.parametrize("policy", FACTORS["policy"])
 @pytest.mark.parametrize("stage", FACTORS["stage"])
 @pytest.mark.parametrize("size", FACTORS["size"])
-def test_every_choice_has_the_bits_of_the_eager_step(size: int, stage: int, policy: str, clip: bool) -> None:
-    cases = product(size=size, stage=stage, policy=policy, clip=clip)
-    world.run(traced_and_eager, cases, size=size, deadline=280.0)
+def test_every_choice_has_the_bits_of_the_eager_step(
+    size: int, stage: int, policy: str, clip: bool, remat: Any
+) -> None:
+    cases = product(size=size, stage=stage, policy=policy, clip=clip, remat=remat)
+    world.run(traced_and_eager, cases, size=size, deadline=200.0)
 
 
 def test_the_thinned_cases_let_every_two_choices_meet() -> None:
