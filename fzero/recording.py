@@ -95,6 +95,7 @@ class Recorder(TorchDispatchMode):
                 meta_kwargs["device"] = "meta"
             results = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError) as error:
+            # What torch raises, by operation, where one has no form without values or cannot do without them.
             if written:
                 raise _unrecordable(func, str(error)) from error
             results = None
@@ -254,6 +255,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         with trunc_normal_replaced(trunc_normal_), recorder, _Facade(recorder):
             yield
     except (NotImplementedError, RuntimeError) as error:
+        # The user's factory may raise these by itself: the note says what else may be behind them, and all pass on.
         if not isinstance(error, FzeroError):
             error.add_note(
                 "This came while fzero.deferred ran the factory without values. If the factory needs values in a way "
