@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from tests.small import LiveBytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BAD = {"nan": [math.nan], "inf": [math.inf], "-inf": [-math.inf], "nan and inf": [math.nan, math.inf, -math.inf]}
+ROOT = Path(__file__).parents[1]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -127,6 +133,88 @@ def test_a_trace_holds_one_node() -> None:
     x = normal(10, torch.float32)
     x[3] = math.nan
     assert torch.equal(graph(x), squares(x))
+
+
+def check_triton_against_reference(device: str) -> None:
+    """Flags exactly; sums up to rounding: the reference adds in float32, in another order, the kernel in float64."""
+    for (n, ranks), dtype in itertools.product(((0, 1), (1, 3), (5, 2), (64, 1), (65, 1), (300, 3)), DTYPES):
+        for bad in ([], *(BAD.values() if n == 65 else ())):
+            x = normal(n, dtype)
+            x[: len(bad)] = torch.tensor(bad, dtype=dtype)[:n]
+            measured = module.launch(x.to(device), ranks).cpu()
+            torch.testing.assert_close(measured, squares_reference(x, ranks), rtol=1e-6, atol=0)
+            exact = torch.where(x.isfinite(), x, 0).double().square().sum()
+            torch.testing.assert_close(measured[0], exact, rtol=1e-14, atol=0)
+    x = normal(1100, torch.bfloat16)  # more blocks than are added at a time
+    x[3] = math.nan
+    assert_measured(module.launch(x.to(device), 1).cpu(), torch.where(x.isfinite(), x, 0), bad=True)
+
+
+def check_triton_bits(device: str) -> None:
+    """A row has the bits of the same piece by itself, however many programs there are, and so has each run."""
+    for (n, ranks), dtype in itertools.product(((5, 7), (257, 3)), DTYPES):
+        x, rows = normal(n, dtype).to(device), math.ceil(n / ranks)
+        padded = torch.nn.functional.pad(x, (0, ranks * rows - n))
+        pieces = torch.stack([module.launch(piece, 1) for piece in padded.split(rows)])
+        assert torch.equal(pieces[: math.ceil(n / rows), 0].sum(), module.launch(x, ranks)[0])
+        assert torch.equal(module.launch(x, ranks), module.launch(x, ranks))
+    largest = torch.full((64,), torch.finfo(torch.float32).max, device=device)
+    assert module.launch(largest, 1).tolist() == [64 * largest[0].item() ** 2, 0.0]
+
+
+def in_a_process(code: str, interpret: bool) -> None:
+    """Triton decides when it is imported whether it interprets, hence a process of its own."""
+    pytest.importorskip("triton")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_interpreted_triton_kernels_equal_the_reference() -> None:
+    in_a_process(
+        """
+import test_kernels_squares as t
+t.module.BLOCK, t.module.LANES = 64, 16
+t.check_triton_against_reference("cpu")
+t.check_triton_bits("cpu")
+""",
+        interpret=True,
+    )
+
+
+def test_triton_kernels_compile_for_hopper_without_atomics() -> None:
+    # Needs no GPU: Triton brings its own assembler.
+    in_a_process(
+        """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fzero.kernels.squares import BLOCK, LANES, block_kernel, row_kernel
+types = dict(partial="*fp64", summed="*fp64", length="i64", rows="i64", blocks="i32")
+constants = dict(BLOCK=BLOCK, LANES=LANES)
+ones = dict(length=1, rows=1, blocks=1)  # what Triton makes a constant of
+for kernel, dtype, more in (
+    (block_kernel, "bf16", {}), (block_kernel, "fp32", {}), (block_kernel, "fp16", ones),
+    (row_kernel, "fp64", {}), (row_kernel, "fp64", dict(blocks=1)),
+):
+    known = {name: value for name, value in {**constants, **more}.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in known else types.get(name, "*" + dtype) for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, known)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "atom." not in ptx and "red.global" not in ptx
+    assert "add.rn.f64" in ptx or "add.f64" in ptx or "fma.rn.f64" in ptx
+""",
+        interpret=False,
+    )
+
+
+@pytest.mark.gpu
+def test_triton_kernels_on_a_gpu_equal_the_reference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "LANES", 16)
+    check_triton_against_reference("cuda")
+    check_triton_bits("cuda")
 
 
 @pytest.mark.gpu

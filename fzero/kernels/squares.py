@@ -1,8 +1,12 @@
 """The sum of squares of one 1-D piece and whether it is finite: what a norm over all leaves is made of.
 
-One op, opaque to a trace: `fzero::squares`. On a CPU it walks over the piece in chunks that stay in the cache, so that
-it reads once and holds no converted copy of the piece; only a chunk with an element that is not finite is read again.
-Elsewhere it is the reference: no value may decide there what is computed next.
+One op, opaque to a trace: `fzero::squares`. It reads the piece once and holds no converted copy of it.
+
+On a CPU it walks over the piece in chunks that stay in the cache; only a chunk with an element that is not finite is
+read again. On CUDA, where no value may decide what is computed next, a Triton program sums a block of fixed size in
+float64, one program for each row then adds its blocks, and one small sum the rows. Nothing is atomic, and no order
+depends on how many programs run at a time: the same piece always gives the same bits. The reference, which transforms
+see, takes norms in float32: its last bits differ, and it overflows where a square is larger than any float32.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from fzero.kernels.rounding import jit, tl
 from fzero.kernels.transformed import transformed
 
 # Elements whose squares are added in float32; further up the sum is one of float64. One thread adds them, so the bits
@@ -19,6 +24,9 @@ from fzero.kernels.transformed import transformed
 ROW = 1 << 12
 # Elements converted at a time.
 CHUNK = 1 << 20
+# Elements that one Triton program sums, and how many of them at a time.
+BLOCK = 1 << 14
+LANES = 1 << 10
 
 
 def squares(piece: Tensor, ranks: int = 1) -> Tensor:
@@ -82,9 +90,59 @@ def _sum_of_squares(values: Tensor) -> float:
     return sum(norm * norm for norm in norms)
 
 
+@jit
+def block_kernel(piece, partial, length, rows, blocks, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Sum the squares of one block of one row, in float64: its finite elements, and 1 if there are others."""
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // blocks, program % blocks
+    start = row * rows + block * BLOCK
+    count = tl.minimum(tl.minimum(row * rows + rows, length) - start, BLOCK)
+    sums, bad = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.int32)
+    for first in range(0, count, LANES):
+        place = first + tl.arange(0, LANES)
+        x = tl.load(piece + start + place, place < count, other=0.0).to(tl.float64)
+        finite = tl.abs(x) < float("inf")
+        x = tl.where(finite, x, 0.0)
+        sums += x * x
+        bad = tl.where(finite, bad, 1)
+    tl.store(partial + 2 * program, tl.sum(sums, 0))
+    tl.store(partial + 2 * program + 1, tl.max(bad, 0).to(tl.float64))
+
+
+@jit
+def row_kernel(partial, summed, blocks, LANES: tl.constexpr):
+    """Add up the blocks of one row, in an order that does not depend on how many rows there are."""
+    row = tl.program_id(0).to(tl.int64)
+    sums, bad = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
+    for first in range(0, blocks, LANES):
+        block = first + tl.arange(0, LANES)
+        place = partial + 2 * (row * blocks + block)
+        sums += tl.load(place, block < blocks, other=0.0)
+        bad = tl.maximum(bad, tl.load(place + 1, block < blocks, other=0.0))
+    tl.store(summed + 2 * row, tl.sum(sums, 0))
+    tl.store(summed + 2 * row + 1, tl.max(bad, 0))
+
+
+def launch(piece: Tensor, ranks: int) -> Tensor:
+    """`squares` by two launches of Triton kernels, and a sum of one number a row."""
+    length = piece.shape[0]
+    if length == 0:
+        return torch.zeros(2, dtype=torch.float64, device=piece.device)
+    rows = math.ceil(length / ranks)
+    count, blocks = math.ceil(length / rows), math.ceil(rows / BLOCK)
+    piece = piece.contiguous()
+    partial = torch.empty(count, blocks, 2, dtype=torch.float64, device=piece.device)
+    summed = torch.empty(count, 2, dtype=torch.float64, device=piece.device)
+    with torch.cuda.device_of(piece):
+        block_kernel[(count * blocks,)](piece, partial, length, rows, blocks, BLOCK=BLOCK, LANES=LANES)
+        row_kernel[(count,)](partial, summed, blocks, LANES=LANES)
+    total, bad = summed.unbind(1)
+    return torch.stack([total.sum(), bad.amax()])
+
+
 torch.library.define("fzero::squares", "(Tensor piece, int ranks) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("fzero::squares", "cpu", _squares_cpu)
-torch.library.impl("fzero::squares", "cuda", squares_reference)
+torch.library.impl("fzero::squares", "cuda", launch)
 
 
 @torch.library.register_fake("fzero::squares")
