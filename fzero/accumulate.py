@@ -260,9 +260,10 @@ def _taken_apart(result: Any, *, keep_factor: bool) -> tuple[_Recipe, list[Tenso
 def _gradient_terms(gradient: Sharded, keep_factor: bool) -> list[Tensor]:
     factor = gradient.multiplier
     terms = []
-    for piece in gradient.pieces:
+    for path, piece in zip(gradient.paths, gradient.pieces, strict=True):
         if piece is not None:
-            dtype = piece.dtype if gradient.policy is None else gradient.policy.reduce
+            policy = gradient.placement.policy_of(path)
+            dtype = piece.dtype if policy is None else policy.reduce
             wide = torch.promote_types(piece.dtype, torch.float32)
             terms.append(piece.to(dtype) if keep_factor else (piece.to(wide) * factor).to(dtype))
     return [*terms, factor if keep_factor else torch.ones_like(factor)]

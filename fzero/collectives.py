@@ -39,7 +39,12 @@ _ADDED_ONE_BY_ONE = 64
 
 def all_gather(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
     """Return the ranks' tensors stacked along dimension 0, in rank order: `(n, ...) -> (N·n, ...)`."""
-    return x if mesh.size(axis) == 1 else _AllGather.apply(x, mesh, axis)
+    if mesh.size(axis) == 1:
+        return x
+    if x.dtype == torch.int16:  # which neither gloo nor NCCL sends
+        return all_gather(x.contiguous().view(torch.int8), mesh, axis).view(torch.int16)
+    gathered: Tensor = _AllGather.apply(x, mesh, axis)
+    return gathered
 
 
 def reduce_scatter(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -64,8 +64,7 @@ class Layout:
 
         A master is only read by the update, so stages 1 and 2 cut it like the moments.
         """
-        has_master = policy is not None and policy.master is not None
-        return self.gradient_cut if self.stage == 3 or has_master else ()
+        return self.gradient_cut if self.stage == 3 or (policy is not None and policy.has_master) else ()
 
     def split_of(self, path: str) -> P:
         return next((spec for pattern, spec in self.split if fnmatch.fnmatchcase(path, pattern)), P())
@@ -121,6 +120,10 @@ class Placement:
 
     def __hash__(self) -> int:  # dataclass would hash every spec, and this is a cache key on every call
         return hash((self.paths, self.layout))
+
+    def policy_of(self, path: str) -> Policy | None:
+        """Return the policy of one leaf, which may be exempt from that of the others."""
+        return None if self.policy is None else self.policy.of(path)
 
     def cut_over(self, axes: tuple[str, ...]) -> Placement:
         """Return the same leaves with their blocks cut over other axes."""
@@ -350,7 +353,8 @@ def place(
     for path, shape in zip(paths, shapes, strict=True):
         spec = Spec(shape, layout.split_of(path))
         _check_split(path, spec, mesh, layout)
-        specs.append(dataclasses.replace(spec, cut=cut_axes(spec, mesh, layout.parameter_cut(policy))))
+        cut = layout.parameter_cut(None if policy is None else policy.of(path))
+        specs.append(dataclasses.replace(spec, cut=cut_axes(spec, mesh, cut)))
     return Placement(treedef, paths, tuple(specs), mesh, layout, policy)
 
 

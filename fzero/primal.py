@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero._torch import is_functorch_wrapped, storage_id
-from fzero.errors import LayoutError
+from fzero.errors import LayoutError, PolicyError
 from fzero.keyed import drawing_from
 from fzero.layout import Sharded, check_not_simulated
 from fzero.marks import mark
@@ -64,6 +64,9 @@ class Opened:
         nodes, treedef = tree.flatten(tuple(arguments), is_leaf=lambda x: isinstance(x, (Sharded, HasPrimal)))
         counts = [child.num_leaves for child in treedef.children()]
         wanted = tuple(i in positions for i, count in enumerate(counts) for _ in range(count))
+        for node, differentiated in zip(nodes, wanted, strict=True):
+            if differentiated and isinstance(node, Sharded):
+                _check_unscaled(node)
         return Opened(treedef, tuple(_as_primal(node) for node in nodes), wanted, tuple(positions))
 
     def leaves(self) -> list[Any]:
@@ -137,7 +140,7 @@ class Opened:
             start += size
 
     def _plain(self, gradient: Tensor | None) -> Tensor | None:
-        return gradient if gradient is None or self.scale is None else gradient / self.scale.to(gradient.dtype)
+        return gradient if gradient is None or self.scale is None else scaled(gradient, 1 / self.scale)
 
 
 def _as_primal(node: Any) -> Any:
@@ -146,10 +149,19 @@ def _as_primal(node: Any) -> Any:
     return node.as_primal() if isinstance(node, HasPrimal) else node
 
 
+def _check_unscaled(params: Sharded) -> None:
+    """Raise for parameters whose policy scales losses: the scale belongs to the state, and is not in them."""
+    if params.policy is not None and params.policy.loss_scale is not None:
+        raise PolicyError(
+            "fz.vjp: expected a State, got the bare parameters of one whose policy has a loss scale: without the scale "
+            "their fp16 gradients would underflow. Differentiate by the State itself: fz.vjp(f, state), or fz.grad(f)."
+        )
+
+
 def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | None, reduce: Reduce) -> Sharded:
     """Sum full local gradients over the data axes into the layout's pieces; the mean goes into the factor."""
     params = primal.params
-    mesh, axes, policy = params.mesh, params.layout.data_axes, params.policy
+    mesh, axes = params.mesh, params.layout.data_axes
     placement = params.placement.cut_over(params.layout.gradient_cut)
     pieces: list[Tensor | None] = []
     taken: set[int] = set()
@@ -157,6 +169,7 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
         if leaf is None:
             pieces.append(None)
             continue
+        policy = params.placement.policy_of(path)
         dtype = leaf.dtype if policy is None else policy.reduce
         with mark(role="reduce", leaf=path):
             piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
@@ -183,8 +196,9 @@ def gathered(primal: Primal) -> list[Tensor]:
         if piece is None:
             raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
         with mark(role="gather", leaf=path, again=again):
-            if params.policy is not None and piece.is_floating_point() and params.factor is None:
-                piece = piece.to(params.policy.compute)
+            policy = params.placement.policy_of(path)
+            if policy is not None and piece.is_floating_point() and params.factor is None:
+                piece = piece.to(policy.compute)
             leaf = join(piece, spec, params.mesh)
         full.append(leaf if params.factor is None else scaled(leaf, params.factor))
     return full

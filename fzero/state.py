@@ -17,23 +17,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fzero import tree
 from fzero._torch import torch_pytree
 from fzero.accumulate import accumulate
 from fzero.autodiff import value_and_grad
 from fzero.collectives import all_reduce
-from fzero.deferred import deferred
-from fzero.errors import LayoutError
-from fzero.functional import functional
-from fzero.layout import Layout, Placement, Sharded, check_agreement, check_leaves, place, zero
+from fzero.cut import cut
+from fzero.layout import Layout, Sharded, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
 from fzero.optim.norm import measure
 from fzero.optim.pair import check_pair
 from fzero.peers import together
-from fzero.pieces import piece_of
 from fzero.policy import Policy
 from fzero.policy import policy as policy_of
 from fzero.primal import Primal
@@ -52,6 +49,8 @@ class State:
         params: this rank's pieces of the parameters, as the policy stores them.
         moments: the optimizer's state.
         loss_scale: fp32 of shape (), or `None` for policies without loss scaling.
+        streak: int32 of shape (), or `None` likewise: finite steps since the loss scale last moved; negative,
+            overflows in a row that have not moved it.
         seed: int32 of shape (): with the step it decides dropout and the rounding of updates.
         optimizer: static.
         policy: static.
@@ -62,6 +61,7 @@ class State:
     params: Sharded
     moments: Any
     loss_scale: Tensor | None
+    streak: Tensor | None
     seed: Tensor
     optimizer: Optimizer
     policy: Policy
@@ -139,19 +139,15 @@ def init(
             f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
         )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
-    _check_axes(mesh, layout)
-    if isinstance(params, nn.Module):
-        params = functional(params)[1]
-    if callable(params):
-        pieces = _from_factory(params, mesh, layout, precision, seed)
-    else:
-        pieces = _from_tree(params, mesh, layout, precision)
+    pieces, remainder = cut(params, mesh, layout, precision, seed)
     device = torch.device("meta") if mesh.simulated else mesh.device
+    scale, streak = (None, None) if precision.scaling is None else precision.scaling.start(device)
     return State(
         step=torch.zeros((), dtype=torch.int32, device=device),
         params=pieces,
-        moments=optimizer.init(pieces),
-        loss_scale=None,
+        moments=optimizer.init_sharded(pieces, remainder),
+        loss_scale=scale,
+        streak=streak,
         seed=torch.full((), signed(seed), dtype=torch.int32, device=device),
         optimizer=optimizer,
         policy=precision,
@@ -167,16 +163,18 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
         state: the state that the gradients are of.
         grads: from a pullback, `value_and_grad` or `accumulate`.
         skip: what a gradient that is not finite does. `"step"`: nothing changes, on any rank, not even the
-            step counter; all gradients have to be there before the first update. `"element"`: only elements
-            with such a gradient stay as they were, moments included; nothing waits for anything. Default:
-            `"element"`.
+            step counter, but a dynamic loss scale, which is lowered; all gradients have to be there before the
+            first update. `"element"`: only elements with such a gradient stay as they were, moments included;
+            nothing waits for anything. Default: `"step"` for policies with a loss scale, which allow nothing
+            else, and `"element"` for the others.
 
     Returns:
         `(state, info)`, where `info` holds `grad_norm` (fp32, over all ranks, not finite where a gradient is not),
-        `finite` (bool), `lr`, and `loss_scale` (1 without loss scaling).
+        `finite` (bool), `lr`, and `loss_scale`: the one that this step used (1 without loss scaling).
 
     Raises:
         TypeError: `grads` are not a state's gradients.
+        ValueError: `skip="element"` under a policy with a loss scale.
         TreeError: they pair with other parameters.
         PolicyError: they were taken under another policy.
 
@@ -191,6 +189,12 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     """
     if skip not in (None, "step", "element"):
         raise ValueError(f"fz.apply_gradients: skip={skip!r}; expected 'step', 'element' or None.")
+    scaling = state.policy.scaling
+    if scaling is not None and skip == "element":
+        raise ValueError(
+            "fz.apply_gradients: skip='element' under a policy with a loss scale would train on gradients whose "
+            "overflow the scale is there to find. Leave skip out, or use a bf16 policy."
+        )
     if not isinstance(grads, Sharded):
         raise TypeError(
             f"fz.apply_gradients: expected the gradients of a State, got {tree.describe(grads)}. Take them with the "
@@ -201,7 +205,7 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     finite = squares.finite(grads.multiplier)
     norm = torch.where(finite, squares.norm(grads.multiplier), torch.nan)
     advance = torch.ones_like(state.step)
-    if skip == "step":
+    if skip == "step" or scaling is not None:
         grads = grads.replace(factor=torch.where(finite, grads.multiplier, torch.nan))
         advance = finite.to(state.step.dtype)
     params, moments = state.optimizer.update_sharded(
@@ -213,7 +217,11 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
         "lr": state.optimizer.learning_rate(state.step),
         "loss_scale": torch.ones((), device=state.mesh.device) if state.loss_scale is None else state.loss_scale,
     }
-    return state.replace(params=params, moments=moments, step=state.step + advance), info
+    scale, streak = state.loss_scale, state.streak
+    if scaling is not None and scale is not None and streak is not None:
+        scale, streak = scaling.after(scale, streak, finite)
+    step = state.step + advance
+    return state.replace(params=params, moments=moments, step=step, loss_scale=scale, streak=streak), info
 
 
 def train_step(
@@ -280,51 +288,8 @@ def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     return tree.unflatten(treedef, leaves)
 
 
-def _check_axes(mesh: Mesh, layout: Layout) -> None:
-    if not isinstance(layout, Layout):
-        raise TypeError(f"fz.init: layout must be made by fz.zero, got {tree.describe(layout)}.")
-    used = {*layout.data_axes, *(axis for _, split in layout.split for axis in split)}
-    if idle := [name for name, size in mesh.axes if size > 1 and name not in used]:
-        raise LayoutError(
-            f"fz.init: the layout says nothing of the mesh axes {idle}, so ranks along them would train apart. "
-            f"Copy over them, fz.zero({layout.stage}, replicate={idle[0]!r}), or cut or split over them."
-        )
-
-
-def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Sharded:
-    leaves, treedef = tree.flatten(params)
-    paths = tree.structure_paths(treedef)
-    check_leaves(leaves, paths, mesh, "fz.init")
-    check_agreement(leaves, paths, mesh, "fz.init")
-    placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
-    return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach(), policy)
-
-
-def _from_factory(factory: Callable[[], nn.Module], mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> Sharded:
-    model = deferred(factory, seed)
-    leaves, treedef = tree.flatten(tree.nest({name: p.detach() for name, p in model.module.named_parameters()}))
-    placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
-    if mesh.simulated:
-        return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i], policy)
-    return _pieces(
-        placed, [leaf.dtype for leaf in leaves], lambda i: model.materialize(placed.paths[i], mesh.device), policy
-    )
-
-
-def _pieces(placed: Placement, dtypes: Sequence[torch.dtype], leaf: Callable[[int], Tensor], policy: Policy) -> Sharded:
-    """Cut leaves one at a time, so that no two are whole together."""
-    mesh, pieces = placed.mesh, []
-    for i, (spec, dtype) in enumerate(zip(placed.specs, dtypes, strict=True)):
-        stored = policy.stored if dtype.is_floating_point else dtype
-        if mesh.simulated:
-            pieces.append(torch.empty(spec.piece_numel(mesh), dtype=stored, device="meta"))
-        else:
-            pieces.append(piece_of(leaf(i), spec, mesh, dtype=stored))
-    return Sharded(tuple(pieces), placed)
-
-
 _STATIC = ("optimizer", "policy", "layout")
-_CHILDREN = ("step", "params", "moments", "loss_scale", "seed")
+_CHILDREN = ("step", "params", "moments", "loss_scale", "streak", "seed")
 
 
 def _flatten_state(state: State) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
@@ -345,4 +310,4 @@ torch_pytree.register_pytree_node(
 
 def _torch_unflatten_state(children: list[Any], static: tuple[Any, ...], unscaled: bool) -> State:
     # torch calls None a leaf, and no torch.func transform takes one.
-    return _unflatten_state(static, [*children[:3], None, *children[3:]] if unscaled else children)
+    return _unflatten_state(static, [*children[:3], None, None, *children[3:]] if unscaled else children)

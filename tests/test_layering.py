@@ -17,6 +17,7 @@ ORDER = [
     "marks",
     "mesh",
     "peers",
+    "scaling",
     "policy",
     "collectives",
     "pieces",
@@ -34,6 +35,7 @@ ORDER = [
     "remat",
     "accumulate",
     "optim",
+    "cut",
     "state",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.adamw import adamw, adamw_scalars
+from fzero.kernels.sgd import sgd
 from fzero.program.lower import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead
@@ -26,7 +27,27 @@ OPTIONS = Options()
 
 
 def update(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return adamw(p, m, v, g, SCALARS, KEYS, KEYS[0], b1=0.9, b2=0.999, eps=1e-8, stochastic=False)
+    how = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    ((p, m, v),) = adamw([(p, m, v)], [g], SCALARS, KEYS[None], KEYS[:1], **how, stochastic=False)
+    return p, m, v
+
+
+def one_result(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    """A list of one is a list: its element is taken out of it."""
+    scalars = SCALARS[:3]
+    ((new,),) = sgd([(p,)], [g], scalars, KEYS[None], KEYS[:1], momentum=0.0, nesterov=False, stochastic=False)
+    return new, m, v
+
+
+def two_leaves(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    zeros = torch.zeros(2, 2, dtype=torch.int32)
+    states, how = [(p, m), (v, v * 2)], {"momentum": 0.5, "nesterov": True, "stochastic": False}
+    one, two = sgd(states, [g, g], SCALARS[:3], zeros, zeros[0], **how)  # type: ignore[arg-type]
+    return *one, *two
+
+
+def two_leaves_and_one_is_read_after(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
+    return *two_leaves(p, m, v, g), v.exp()
 
 
 def read_before(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
@@ -98,6 +119,10 @@ CASES: dict[str, tuple[Callable[..., Any], frozenset[int], int, int]] = {
     "a view of the new is read between": (view_of_the_new_between_two_updates, STATE, 1, 1),
     "the new is returned from between": (the_new_between_two_updates, STATE, 1, 1),
     "the new is read and returned twice": (new_read_twice, STATE, 1, 0),
+    "one result": (one_result, STATE, 1, 0),
+    "two leaves": (two_leaves, STATE, 1, 0),
+    "two leaves, one of them kept": (two_leaves, frozenset({0, 1}), 0, 1),
+    "two leaves, one of them read after": (two_leaves_and_one_is_read_after, STATE, 0, 1),
 }
 every_case = pytest.mark.parametrize(("f", "donated", "in_place", "plain"), CASES.values(), ids=CASES.keys())
 
@@ -111,8 +136,8 @@ def test_updates_are_in_place_where_that_is_safe(
     f: Callable[..., Any], donated: frozenset[int], in_place: int, plain: int
 ) -> None:
     found = targets(passed(f, donated).module)
-    assert found.count("fzero.adamw_.default") == in_place
-    assert found.count("fzero.adamw.default") == plain
+    assert sum(found.count(f"fzero.{kernel}_.default") for kernel in ("adamw", "sgd")) == in_place
+    assert sum(found.count(f"fzero.{kernel}.default") for kernel in ("adamw", "sgd")) == plain
 
 
 @every_case

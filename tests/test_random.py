@@ -206,10 +206,33 @@ def test_rounding_goes_to_neighbours_and_keeps_the_mean(value: float) -> None:
     assert abs(drawn.mean() - exact) <= gap * 5 / math.sqrt(4 * n)
 
 
-def test_rounding_keeps_what_bfloat16_holds() -> None:
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+HALF_VALUES = {
+    "normal": 1.001, "negative": -3.14159, "large": 65000.3, "largest": 65510.0, "between": 6.1e-5, "subnormal": 1.7e-6,
+    "negative subnormal": -2.3e-7, "below the smallest": 3.1e-8, "boundary": 2.0**-14 * (1 - 2**-12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HALF_VALUES.values(), ids=HALF_VALUES.keys())
+def test_rounding_to_float16_goes_to_a_neighbour_and_keeps_the_mean(value: float) -> None:
+    n = 1 << 16
+    x = torch.full((n,), value)
+    rounded = round_stochastic(x, torch.arange(n, dtype=torch.int32), torch.float16).double()
+    exact = x[0].double()
+    if value == HALF_VALUES["largest"]:
+        assert set(rounded.tolist()) == {65504, math.inf}
+        rounded = rounded.clamp(max=65536)
+    low, high = rounded.min(), rounded.max()
+    assert low <= exact <= high
+    # Neighbours: nothing that float16 holds lies between them.
+    assert torch.nextafter(low.half(), torch.tensor(math.inf).half()).clamp(max=65504) in (high.half(), 65504)
+    assert abs(rounded.mean() - exact) <= (high - low) * 2**-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_keeps_what_the_dtype_holds(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for noise in (0, 1, 0x7FFF, 0xFFFF):
-        rounded = round_stochastic(every.float(), torch.full(every.shape, noise, dtype=torch.int32))
+        rounded = round_stochastic(every.float(), torch.full(every.shape, noise, dtype=torch.int32), dtype)
         assert torch.equal(rounded.isnan(), every.isnan())
         held = ~every.isnan()
         assert torch.equal(rounded.view(torch.int16)[held], every.view(torch.int16)[held])
@@ -218,25 +241,27 @@ def test_rounding_keeps_what_bfloat16_holds() -> None:
 @pytest.mark.parametrize("pattern", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF])
 def test_rounding_keeps_every_nan_a_nan(pattern: int) -> None:
     x = int32(pattern).view(torch.float32).expand(2)
-    assert round_stochastic(x, torch.tensor([0, 0xFFFF], dtype=torch.int32)).isnan().all()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert round_stochastic(x, torch.tensor([0, 0xFFFF], dtype=torch.int32), dtype).isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.func.jvp, at its first use
-def test_rounding_passes_derivatives_through() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_passes_derivatives_through(dtype: torch.dtype) -> None:
     x, noise = torch.randn(8), words(8) & 0xFFFF
 
     def f(x: Tensor) -> Tensor:
-        return round_stochastic(x, noise)
+        return round_stochastic(x, noise, dtype)
 
     _, pullback, *_ = torch.func.vjp(f, x)
-    assert torch.equal(pullback(torch.ones(8, dtype=torch.bfloat16))[0], torch.ones(8))
-    assert torch.equal(torch.func.jvp(f, (x,), (torch.ones(8),))[1], torch.ones(8, dtype=torch.bfloat16))
+    assert torch.equal(pullback(torch.ones(8, dtype=dtype))[0], torch.ones(8))
+    assert torch.equal(torch.func.jvp(f, (x,), (torch.ones(8),))[1], torch.ones(8, dtype=dtype))
     assert torch.equal(torch.func.vmap(f)(x.expand(3, 8)), f(x).expand(3, 8))
 
 
 def test_rounding_refuses_other_dtypes() -> None:
     noise = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"cannot round to torch\.float16"):
-        round_stochastic(torch.ones(2), noise, torch.float16)
+    with pytest.raises(ValueError, match=r"cannot round to torch\.float64"):
+        round_stochastic(torch.ones(2), noise, torch.float64)
     with pytest.raises(ValueError, match=r"x has dtype torch\.bfloat16"):
         round_stochastic(torch.ones(2, dtype=torch.bfloat16), noise)

@@ -1,7 +1,7 @@
 """How a kernel's torch reference runs on a CPU: compiled by Inductor's C++ backend, or op by op in chunks.
 
 Compiled, an update is one loop that reads and writes every operand once, several times faster than op by op and equal
-to it bit for bit. A reference is compiled once for its dtypes and flags, whatever the length; Inductor keeps the
+to it bit for bit. A reference is compiled once for its dtypes and flags, however many rows; Inductor keeps the
 result on disk, so a later process only loads it. Without a working C++ compiler the reference runs op by op, on chunks
 that keep its temporaries small; so it does for short operands until long ones of the same dtypes have come.
 """
@@ -9,6 +9,7 @@ that keep its temporaries small; so it does for short operands until long ones o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import sys
@@ -27,20 +28,22 @@ logger = logging.getLogger(__name__)
 
 # A call for fewer elements saves less than it is worth to compile: some 0.3 ms. It takes a program that is there.
 MIN_COMPILED = 16384
-# The symbolic length of a trace stands for this many elements or more.
+# The symbolic number of rows of a trace stands for this many or more.
 MIN_TRACED = 2
 # Elements that op-by-op evaluation holds temporaries of: some 100 MB for AdamW, not 100 bytes for each of a leaf's.
 CHUNK = 1 << 20
 
-# The length a reference is traced with. It stands for every other, so it has no factor that a guard could settle on.
-EXAMPLE_LENGTH = CHUNK + 7
+# About how many elements a reference is traced with. 7 rows more stand for every number of rows: that sum has no factor
+# that a guard could settle on.
+EXAMPLE_LENGTH = CHUNK
 # Threads are those of the caller when it calls; the compiler runs in this process and leaves no workers behind.
 INDUCTOR_SETTINGS: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1}
 
 Update = Callable[..., None]
 Spec = tuple[torch.dtype, tuple[int, ...]]
-# What a program is compiled for: the update, dtypes of its operands, its other tensors, names and values of its flags.
-Key = tuple[Update, tuple[torch.dtype, ...], tuple[Spec, ...], tuple[tuple[str, Any], ...]]
+# What a program is compiled for: the update, its operands but for how many rows they have, its other tensors, names and
+# values of its flags.
+Key = tuple[Update, tuple[Spec, ...], tuple[Spec, ...], tuple[tuple[str, Any], ...]]
 
 
 def run_in_place(
@@ -49,35 +52,42 @@ def run_in_place(
     """Call `update(*operands, *constants, offset, **static)` for CPU tensors, the fastest way there is.
 
     Args:
-        update: acts on each element by itself and overwrites some of its operands; plain torch ops, a module-level
+        update: acts on each row by itself and overwrites some of its operands; plain torch ops, a module-level
             function. It is called with `compiled=True` where it is traced for Inductor, and with `compiled=False`
             op by op: both have to give the same bits.
-        operands: 1-D, contiguous, of one length.
+        operands: contiguous, equal in their first dimension, that of the rows. Without another dimension a row is an
+            element. The first operand has all elements; one with fewer dimensions has something for each row.
         constants: small tensors that every element sees.
-        offset: int32, 0-d: the index of element 0. A chunk that starts at `i` sees `offset + i`.
+        offset: int32, 0-d: the index of element 0. A chunk that starts at element `i` sees `offset + i`.
         static: hashable; part of the compiled program.
     """
-    length = operands[0].numel()
-    dtypes = tuple(operand.dtype for operand in operands)
+    rows, width = operands[0].shape[0], _width(operands[0].shape[1:])
+    varying = tuple((operand.dtype, tuple(operand.shape[1:])) for operand in operands)
     specs = tuple((constant.dtype, tuple(constant.shape)) for constant in (*constants, offset))
-    program = _program((update, dtypes, specs, tuple(static.items())), length)
+    program = _program((update, varying, specs, tuple(static.items())), rows, width)
     if program is not None:
         program(*operands, *constants, offset)
         return
-    for start in range(0, length, CHUNK):
-        chunk = [operand[start : start + CHUNK] for operand in operands]
-        update(*chunk, *constants, offset + signed(start), **static, compiled=False)
+    step = -(-CHUNK // width)
+    for start in range(0, rows, step):
+        chunk = [operand[start : start + step] for operand in operands]
+        update(*chunk, *constants, offset + signed(start * width), **static, compiled=False)
+
+
+def _width(row: Sequence[int]) -> int:
+    """Return how many elements a row of that shape has."""
+    return math.prod(row)
 
 
 # Every program of this process; None where there is none to be had.
 _programs: dict[Key, Update | None] = {}
 
 
-def _program(key: Key, length: int) -> Update | None:
-    """Return the program to run on `length` elements, whatever length it was compiled for, or None: op by op."""
-    if length < MIN_TRACED:
+def _program(key: Key, rows: int, width: int) -> Update | None:
+    """Return the program for rows of `width`, however many it was compiled for, or None: op by op."""
+    if rows < MIN_TRACED:
         return None
-    if key not in _programs and length >= MIN_COMPILED:
+    if key not in _programs and rows * width >= MIN_COMPILED:
         _programs[key] = compiled(key)
     return _programs.get(key)
 
@@ -128,11 +138,14 @@ _compiler = _Compiler()
 
 
 def _trace_and_compile(key: Key, settings: dict[str, Any]) -> Update:
-    update, dtypes, specs, static = key
-    examples = [torch.empty(EXAMPLE_LENGTH, dtype=dtype) for dtype in dtypes]
+    update, varying, specs, static = key
+    rows = EXAMPLE_LENGTH // _width(varying[0][1]) + 7
+    examples = [torch.empty(rows, *row, dtype=dtype) for dtype, row in varying]
     examples += [torch.zeros(shape, dtype=dtype) for dtype, shape in specs]
 
     def flat(*tensors: Tensor) -> tuple[()]:
+        for tensor in tensors:
+            _ = [int(size) for size in tensor.shape[1:]]  # of all sizes the number of rows alone stays open
         update(*tensors, **dict(static), compiled=True)
         return ()
 

@@ -1,6 +1,6 @@
 """Random bits and rounding inside Triton kernels, equal bit for bit to `fzero.random` and to torch's casts.
 
-Both roundings are written as operations on bits: Triton's interpreter truncates where a GPU rounds.
+Both roundings to bfloat16 are written as operations on bits: Triton's interpreter truncates where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ except ImportError:  # Triton exists for Linux alone; elsewhere kernels run as t
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value
 
-__all__ = ["jit", "mix", "remix", "round_to", "tl"]
+__all__ = ["constexpr", "is_finite", "jit", "mix", "remix", "round_to", "tl"]
 
 FIRST = constexpr(random.MULTIPLIERS[0])
 SECOND = constexpr(random.MULTIPLIERS[1])
 THIRD = constexpr(random.MULTIPLIERS[2])
 GOLDEN = constexpr(random.GOLDEN)
+QUIET_NAN = constexpr(random.QUIET_NAN)
+SMALLEST_HALF = constexpr(random.SMALLEST_HALF)
 
 
 @jit
@@ -53,9 +55,14 @@ def remix(word):
 
 @jit
 def round_to(x, noise16, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Round float32 `x` to `dtype` (float32 or bfloat16): by `noise16` if STOCHASTIC, else to nearest, ties to even."""
+    """Round float32 `x` to `dtype`: by `noise16` if STOCHASTIC, else to nearest, ties to even.
+
+    `dtype` is float32, bfloat16 or float16.
+    """
     if dtype == tl.float32:
         rounded = x
+    elif dtype == tl.float16:
+        rounded = (round_float16(x, noise16) if STOCHASTIC else x).to(tl.float16)
     else:
         bits = x.to(tl.int32, bitcast=True)
         if STOCHASTIC:
@@ -65,3 +72,20 @@ def round_to(x, noise16, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
         high = tl.where(x != x, 0x7FC0, carried >> 16)
         rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return rounded
+
+
+@jit
+def round_float16(x, noise16):
+    """What `fzero.random.round_stochastic` does for float16, as a float32 that float16 holds."""
+    size = tl.abs(x)
+    moved = tl.where(size < SMALLEST_HALF, SMALLEST_HALF, 0.0)
+    carried = ((size + moved).to(tl.int32, bitcast=True) + (noise16 >> 3)) & ~0x1FFF
+    rounded = tl.where(x != x, QUIET_NAN, carried).to(tl.float32, bitcast=True) - moved
+    sign = (x.to(tl.int32, bitcast=True) >> 31) << 31
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@jit
+def is_finite(x):
+    """Whether float32 `x` is: its exponent bits are not all ones."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000

@@ -1,7 +1,8 @@
-"""AdamW and Adam: the update of `fzero.kernels.adamw`, leaf by leaf."""
+"""AdamW and Adam: the update of `fzero.kernels.adamw`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,15 +10,15 @@ from torch import Tensor
 
 from fzero.kernels.adamw import adamw as kernel
 from fzero.kernels.adamw import adamw_scalars
-from fzero.layout import Sharded
-from fzero.optim.base import Elementwise, Leaf, Mask, Rate, mask_of, rate
+from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.optim.moments import Moment
 
 
 class AdamState(NamedTuple):
     """Running means of the gradient and of its square."""
 
-    m: Sharded
-    v: Sharded
+    m: Moment
+    v: Moment
 
 
 @dataclass(frozen=True)
@@ -31,25 +32,19 @@ class AdamW(Elementwise):
     weight_decay: float = 0.01
     mask: Mask | None = None
 
-    count = 2
     state_type = AdamState
+    signed = (True, False)
 
-    def prologue(self, step: Tensor, factor: Tensor) -> dict[bool, Tensor]:
-        """Return the kernel's scalars for leaves that decay, and for leaves that do not."""
-        lr = rate(self.lr, step)
-        return {
-            decays: adamw_scalars(step, lr, self.b1, self.b2, self.weight_decay if decays else 0.0, factor)
-            for decays in ((True, False) if self.mask else (True,))
-        }
+    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
+        weight_decay = self.weight_decay if decays else 0.0
+        return adamw_scalars(step, rate(self.lr, step), self.b1, self.b2, weight_decay, factor)
 
-    def update_piece(
-        self, p: Tensor, moments: tuple[Tensor, ...], g: Tensor, leaf: Leaf, shared: dict[bool, Tensor]
-    ) -> tuple[Tensor, ...]:
-        scalars = shared[self.mask is None or self.mask(leaf.path)]
-        m, v = moments
+    def kernel(
+        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
+    ) -> Sequence[LeafState]:
         return kernel(
-            p, m, v, g, scalars, leaf.keys, leaf.offset,
-            b1=self.b1, b2=self.b2, eps=self.eps, stochastic=leaf.stochastic,
+            states, grads, scalars, rounding.keys, rounding.offsets,
+            b1=self.b1, b2=self.b2, eps=self.eps, stochastic=rounding.stochastic,
         )  # fmt: skip
 
 

@@ -6,8 +6,9 @@ and 2), it takes the rank's own piece of the parameter, updates that, and gather
     stage 0, 3    p, m, v, ḡ            ──update──▶ p, m, v
     stage 1, 2    own piece of p, m, v, ḡ ──update──▶ piece ──all-gather──▶ p
 
-A gradient element that is not finite leaves its parameter and moments as they were, bit for bit. A whole
-step is skipped by a factor of NaN, which makes every element so.
+A gradient element that is not finite leaves its parameter and moments as they were, bit for bit; moments that are
+quantized with others that move are encoded again. A whole step is skipped by a factor of NaN, which makes every
+element so, and then nothing moves.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from fzero.errors import TreeError
 from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
 from fzero.mesh import Mesh
+from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
 from fzero.pieces import Spec, join_block, own_piece
-from fzero.random import bits, fold, remix, round_stochastic, shift_right, signed, step_keys
+from fzero.random import fold, signed, step_keys
 
 Rate = float | Callable[[Tensor], Tensor]
 Mask = Callable[[str], bool]
@@ -68,7 +70,13 @@ class Optimizer(ABC):
         return (new if isinstance(params, Sharded) else _lower(new)), opt_state
 
     @abstractmethod
-    def init_sharded(self, params: Sharded) -> Any: ...
+    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
+        """Do what `init` does.
+
+        Args:
+            params: as the policy stores them.
+            remainder: under a policy that splits masters, what the parameters lack of them; `None` for nothing.
+        """
 
     @abstractmethod
     def update_sharded(
@@ -93,67 +101,71 @@ class Optimizer(ABC):
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One leaf in an update: what is its own beside its tensors.
+class Rounding:
+    """What the write-back of some leaves draws from.
 
     Attributes:
-        path: dotted path in the parameter tree.
-        keys: int32 of shape (2,): what its rounding draws from.
-        offset: int32 of shape (): global index of the piece's first element.
+        keys: int32 of shape (n, 2): for each leaf.
+        offsets: int32 of shape (n,): global index of the first element of each piece.
         stochastic: whether low-precision results are rounded stochastically.
     """
 
-    path: str
     keys: Tensor
-    offset: Tensor
+    offsets: Tensor
     stochastic: bool
+
+    @staticmethod
+    def joined(parts: Sequence[Rounding]) -> Rounding:
+        """Return that of several leaves, which round alike."""
+        if len(parts) == 1:
+            return parts[0]
+        keys, offsets = torch.cat([part.keys for part in parts]), torch.cat([part.offsets for part in parts])
+        return Rounding(keys, offsets, parts[0].stochastic)
+
+
+# A leaf's state, flat: the parameter, its remainder if it is split, each moment, its scales if it is quantized.
+LeafState = tuple[Tensor, ...]
+
+# Pieces under this many elements are updated together, where a launch costs as much as 100,000 elements. Their
+# gradients then wait for one another.
+SMALL = {"cuda": 1 << 15}
 
 
 class Elementwise(Optimizer):
-    """An optimizer whose update acts on each element by itself, with `count` moments an element.
+    """An optimizer whose update acts on each element by itself.
 
-    A subclass gives `count`, `state_type`, `prologue` and `update_piece`.
+    A subclass gives `signed`, `state_type`, `scalars` and `kernel`.
     """
 
     lr: Rate
+    mask: Mask | None
 
     @property
     @abstractmethod
     def state_type(self) -> Callable[..., Any]:
-        """A named tuple of one `Sharded` for each moment."""
+        """A named tuple of the moments."""
 
     @property
     @abstractmethod
-    def count(self) -> int:
-        """The number of moments."""
+    def signed(self) -> tuple[bool, ...]:
+        """For each moment, whether it may be negative."""
 
     @abstractmethod
-    def prologue(self, step: Tensor, factor: Tensor) -> Any:
-        """Return what all leaves of a step share, such as the learning rate at `step` and the gradients' factor."""
+    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
+        """Return what the kernel shares between leaves of a step, of those that decay or of the others."""
 
     @abstractmethod
-    def update_piece(
-        self, p: Tensor, moments: tuple[Tensor, ...], g: Tensor, leaf: Leaf, shared: Any
-    ) -> tuple[Tensor, ...]:
-        """Return the new piece and its new moments: `(p, *moments)`, 1-D, dtypes unchanged."""
+    def kernel(
+        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
+    ) -> Sequence[LeafState]:
+        """Return the new states of some leaves of one storage: 1-D pieces, dtypes unchanged."""
 
     def learning_rate(self, step: Tensor) -> Tensor:
         return rate(self.lr, step)
 
-    def init_sharded(self, params: Sharded) -> Any:
-        placement = params.placement.cut_over(params.layout.gradient_cut)
-
-        def zeros() -> Sharded:
-            pieces: list[Tensor | None] = []
-            for piece, spec in zip(params.pieces, placement.specs, strict=True):
-                if piece is None or not piece.is_floating_point():
-                    pieces.append(None)
-                    continue
-                dtype = piece.dtype if params.policy is None else params.policy.moment
-                pieces.append(torch.zeros(spec.piece_numel(params.mesh), dtype=dtype, device=piece.device))
-            return Sharded(tuple(pieces), placement)
-
-        return self.state_type(*(zeros() for _ in range(self.count)))
+    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
+        state = self.state_type(*(zeros(params, signed=signed) for signed in self.signed))
+        return with_remainder(state, params, remainder)
 
     def update_sharded(
         self,
@@ -165,26 +177,62 @@ class Elementwise(Optimizer):
         seed: Tensor,
         squares: Squares | None = None,
     ) -> tuple[Sharded, Any]:
-        mesh = params.mesh
-        factor = grads.multiplier
-        shared = self.prologue(step, factor)
-        rounding = _leaves(grads, params, step=step, seed=seed)
-        new_pieces, new_moments = [], []
-        for i, (leaf, spec) in enumerate(zip(rounding, grads.placement.specs, strict=True)):
+        moments, remainder = without_remainder(opt_state)
+        beside = moments if remainder is None else (remainder, *moments)
+        decays = self._decays(params)
+        scalars = {either: self.scalars(step, grads.multiplier, either) for either in dict.fromkeys(decays)}
+        rounding = roundings(grads, params, step=step, seed=seed)
+        pieces = list(params.pieces)
+        rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
+        for group in self._groups(grads, params, beside):
+            named = params.paths[group[0]] + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+            with mark(role="update", leaf=named):
+                updated = self.kernel(
+                    [(own_of(grads, params, i), *stored(beside, i)) for i in group],
+                    [piece for i in group if (piece := grads.pieces[i]) is not None],
+                    scalars[decays[group[0]]],
+                    Rounding.joined([rounding[i] for i in group]),
+                )
+                for i, (own, *row) in zip(group, updated, strict=True):
+                    pieces[i], rows[i] = joined(own, grads, params, i), tuple(row)
+        new = restored(beside, rows)
+        state = self.state_type(*(new if remainder is None else new[1:]))
+        return params.replace(pieces=tuple(pieces)), state if remainder is None else WithRemainder(state, new[0])
+
+    def _decays(self, params: Sharded) -> list[bool]:
+        return [self.mask is None or bool(self.mask(path)) for path in params.paths]
+
+    def _groups(self, grads: Sharded, params: Sharded, beside: Sequence[Any]) -> list[list[int]]:
+        """Return the leaves that have gradients: large ones by themselves, small ones of one kind together, last."""
+        alone, together = [], dict[Any, list[int]]()
+        small = SMALL.get(params.mesh.device.type, 0)
+        for i, (path, decays) in enumerate(zip(params.paths, self._decays(params), strict=True)):
             piece, gradient = params.pieces[i], grads.pieces[i]
-            moments = tuple(moment.pieces[i] for moment in opt_state)
             if piece is None or gradient is None:
-                new_pieces.append(piece)
-                new_moments.append(moments)
                 continue
-            stored_whole = spec.cut != params.placement.specs[i].cut
-            with mark(role="update", leaf=leaf.path):
-                own = own_piece(piece, spec, mesh) if stored_whole else piece
-                new, *moved = self.update_piece(own, moments, gradient, leaf, shared)
-                new_pieces.append(join_block(new, spec, mesh) if stored_whole else new)
-            new_moments.append(tuple(moved))
-        states = [moment.replace(pieces=tuple(row[k] for row in new_moments)) for k, moment in enumerate(opt_state)]
-        return params.replace(pieces=tuple(new_pieces)), self.state_type(*states)
+            if gradient.shape[-1] >= small:
+                alone.append([i])
+                continue
+            dtypes = tuple(x.dtype for x in (piece, gradient, *stored(beside, i)))
+            together.setdefault((dtypes, decays, params.placement.policy_of(path)), []).append(i)
+        return alone + list(together.values())
+
+
+def own_of(grads: Sharded, params: Sharded, index: int) -> Tensor:
+    """Return this rank's own piece of a parameter, cut as its gradient is."""
+    piece, spec = params.pieces[index], grads.placement.specs[index]
+    assert piece is not None
+    return own_piece(piece, spec, params.mesh) if _is_stored_whole(grads, params, index) else piece
+
+
+def joined(own: Tensor, grads: Sharded, params: Sharded, index: int) -> Tensor:
+    """Return a parameter as it is stored, of the pieces that ranks have updated. Undoes `own_of`."""
+    spec = grads.placement.specs[index]
+    return join_block(own, spec, params.mesh) if _is_stored_whole(grads, params, index) else own
+
+
+def _is_stored_whole(grads: Sharded, params: Sharded, index: int) -> bool:
+    return grads.placement.specs[index].cut != params.placement.specs[index].cut
 
 
 def rate(lr: Rate, step: Tensor) -> Tensor:
@@ -218,34 +266,14 @@ class ByPath:
         return values[path]
 
 
-def write_back(leaf: Leaf, ok: Tensor, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Round new fp32 values to their old dtypes; elements where `ok` is false keep the old ones.
-
-    Args:
-        leaf: whose rounding it is.
-        ok: boolean, 1-D.
-        *pairs: `(new value in fp32, old value as stored)`; at most three.
-    """
-    noise: list[Tensor | None] = [None] * 3
-    if leaf.stochastic:
-        word = bits(leaf.keys, leaf.offset, ok.shape[0])
-        noise = [word & 0xFFFF, shift_right(word, 16), remix(word) & 0xFFFF]
-    results = []
-    for (new, old), noise16 in zip(pairs, noise, strict=False):
-        if noise16 is None or old.dtype == torch.float32:
-            rounded = new.to(old.dtype)
-        else:
-            rounded = round_stochastic(new, noise16, old.dtype)
-        results.append(torch.where(ok, rounded, old))
-    return tuple(results)
-
-
-def _leaves(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> list[Leaf]:
+def roundings(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> list[Rounding]:
     """Return what each leaf rounds by: keys and offsets of all leaves at once, a few operations in all."""
-    mesh, policy, specs = params.mesh, params.policy, grads.placement.specs
-    if policy is None or policy.rounding == "nearest":
-        nothing = torch.zeros(2, dtype=torch.int32, device=mesh.device)
-        return [Leaf(path, nothing, nothing[0], stochastic=False) for path in params.paths]
+    mesh, specs = params.mesh, grads.placement.specs
+    policies = [params.placement.policy_of(path) for path in params.paths]
+    stochastic = [policy is not None and policy.rounding == "stochastic" for policy in policies]
+    if not any(stochastic):
+        keys = torch.zeros((1, 2), dtype=torch.int32, device=mesh.device)
+        return [Rounding(keys, keys[0, :1], stochastic=False)] * len(specs)
     hashes = torch.tensor([signed(zlib.crc32(p.encode())) for p in params.paths], dtype=torch.int32, device=mesh.device)
     keys = fold(step_keys(seed, step), hashes[:, None])
     offsets = torch.zeros(len(specs), dtype=torch.int32, device=mesh.device)
@@ -256,8 +284,7 @@ def _leaves(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> l
     for axes in dict.fromkeys(_split_axes(spec) for spec in specs):
         sizes = [signed(s.block_numel(mesh)) if _split_axes(s) == axes else 0 for s in specs]
         offsets = offsets + mesh.index_tensor(axes) * torch.tensor(sizes, dtype=torch.int32, device=mesh.device)
-    rows = zip(params.paths, keys.unbind(), offsets.unbind(), strict=True)
-    return [Leaf(path, key, offset, stochastic=True) for path, key, offset in rows]
+    return [Rounding(*row) for row in zip(keys.split(1), offsets.split(1), stochastic, strict=True)]
 
 
 def _split_axes(spec: Spec) -> tuple[str, ...]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fzero.layout import Sharded
-from fzero.optim.base import Elementwise, Leaf, Mask, Rate, mask_of, rate, write_back
+from fzero.kernels.lion import lion as kernel
+from fzero.kernels.lion import lion_scalars
+from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.optim.moments import Moment
 
 
 class LionState(NamedTuple):
     """The running mean of gradients."""
 
-    m: Sharded
+    m: Moment
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,19 @@ class Lion(Elementwise):
     weight_decay: float = 0.0
     mask: Mask | None = None
 
-    count = 1
     state_type = LionState
+    signed = (True,)
 
-    def prologue(self, step: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        return rate(self.lr, step), factor
+    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
+        return lion_scalars(step, rate(self.lr, step), self.weight_decay if decays else 0.0, factor)
 
-    def update_piece(
-        self, p: Tensor, moments: tuple[Tensor, ...], g: Tensor, leaf: Leaf, shared: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, ...]:
-        lr, factor = shared
-        gradient = g.to(torch.float32) * factor
-        ok = torch.isfinite(gradient)
-        m = moments[0].to(torch.float32)
-        decays = self.mask is None or self.mask(leaf.path)
-        value = p.to(torch.float32) * (1 - lr * (self.weight_decay if decays else 0.0))
-        value = value - lr * torch.sign(self.b1 * m + (1 - self.b1) * gradient)
-        return write_back(leaf, ok, (value, p), (self.b2 * m + (1 - self.b2) * gradient, moments[0]))
+    def kernel(
+        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
+    ) -> Sequence[LeafState]:
+        return kernel(
+            states, grads, scalars, rounding.keys, rounding.offsets,
+            b1=self.b1, b2=self.b2, stochastic=rounding.stochastic,
+        )  # fmt: skip
 
 
 def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, mask: Any = None) -> Lion:
@@ -60,6 +58,7 @@ def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0,
     Source: Chen et al. 2023, arXiv 2302.06675.
 
     Example:
+        >>> import torch
         >>> opt, w, zero = lion(0.5), torch.ones(2), torch.tensor(0, dtype=torch.int32)
         >>> opt.update(torch.tensor([3.0, -7.0]), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([0.5000, 1.5000])

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fzero.layout import Sharded
-from fzero.optim.base import Elementwise, Leaf, Mask, Rate, mask_of, rate, write_back
+from fzero.kernels.sgd import sgd as kernel
+from fzero.kernels.sgd import sgd_scalars
+from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.optim.moments import Moment
 
 
 class SGDState(NamedTuple):
     """The velocity."""
 
-    momentum: Sharded
+    momentum: Moment
 
 
 class PlainSGDState(NamedTuple):
@@ -34,30 +35,23 @@ class SGD(Elementwise):
     mask: Mask | None = None
 
     @property
-    def count(self) -> int:
-        return 1 if self.momentum else 0
-
-    @property
     def state_type(self) -> Callable[..., Any]:
         return SGDState if self.momentum else PlainSGDState
 
-    def prologue(self, step: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        return rate(self.lr, step), factor
+    @property
+    def signed(self) -> tuple[bool, ...]:
+        return (True,) if self.momentum else ()
 
-    def update_piece(
-        self, p: Tensor, moments: tuple[Tensor, ...], g: Tensor, leaf: Leaf, shared: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, ...]:
-        lr, factor = shared
-        gradient = g.to(torch.float32) * factor
-        ok = torch.isfinite(gradient)
-        value = p.to(torch.float32)
-        if self.weight_decay and (self.mask is None or self.mask(leaf.path)):
-            gradient = gradient + self.weight_decay * value
-        if not moments:
-            return write_back(leaf, ok, (value - lr * gradient, p))
-        velocity = self.momentum * moments[0].to(torch.float32) + gradient
-        direction = gradient + self.momentum * velocity if self.nesterov else velocity
-        return write_back(leaf, ok, (value - lr * direction, p), (velocity, moments[0]))
+    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
+        return sgd_scalars(step, rate(self.lr, step), self.weight_decay if decays else 0.0, factor)
+
+    def kernel(
+        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
+    ) -> Sequence[LeafState]:
+        return kernel(
+            states, grads, scalars, rounding.keys, rounding.offsets,
+            momentum=self.momentum, nesterov=self.nesterov, stochastic=rounding.stochastic,
+        )  # fmt: skip
 
 
 def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0, mask: Any = None) -> SGD:
@@ -76,6 +70,7 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: f
     Source: momentum as in Sutskever et al. 2013.
 
     Example:
+        >>> import torch
         >>> opt, w, zero = sgd(0.5), torch.ones(2), torch.tensor(0, dtype=torch.int32)
         >>> opt.update(torch.ones(2), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([0.5000, 0.5000])

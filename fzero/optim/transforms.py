@@ -43,8 +43,8 @@ class Chain(Optimizer):
     transforms: tuple[GradientTransform, ...]
     optimizer: Optimizer
 
-    def init_sharded(self, params: Sharded) -> Any:
-        return (*(t.init(params) for t in self.transforms), self.optimizer.init_sharded(params))
+    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
+        return (*(t.init(params) for t in self.transforms), self.optimizer.init_sharded(params, remainder))
 
     def update_sharded(
         self,
@@ -110,9 +110,14 @@ class PartitionBy(Optimizer):
     labels: Callable[[str], str]
     optimizers: tuple[tuple[str, Optimizer | None], ...]
 
-    def init_sharded(self, params: Sharded) -> dict[str, Any]:
+    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> dict[str, Any]:
         groups = self._groups(params.paths)
-        return {label: opt.init_sharded(params.select(groups[label])) for label, opt in self._trained()}
+        return {
+            label: optimizer.init_sharded(
+                params.select(groups[label]), None if remainder is None else remainder.select(groups[label])
+            )
+            for label, optimizer in self._trained()
+        }
 
     def update_sharded(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from fzero import tree
 from fzero._torch import OpOverload
-from fzero.kernels.in_place import IN_PLACE
+from fzero.kernels.in_place import IN_PLACE, is_in_place, targets_of
 from fzero.layout import Sharded
 from fzero.marks import marks_of
 from fzero.program.aliases import alias_of
@@ -43,8 +43,6 @@ _CARRIES = frozenset(
         torch.ops.aten.cat.default,
     )
 )
-
-_OVERWRITES = {in_place: positions for in_place, positions in IN_PLACE.values()}
 
 
 def kinds_in(arguments: Any) -> tuple[str, ...]:
@@ -108,7 +106,7 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
             for b in values.makes[node]:
                 kinds[b] = kind_of(node, b)
             if node.target in IN_PLACE and marks_of(node).get("role") == "update":
-                for b, target in zip(values.makes[node], _targets(node), strict=False):
+                for b, target in zip(values.makes[node], targets_of(node), strict=False):
                     kinds[b] = kinds[values.holds[target][0]]
     _name_results(trace, values, kinds, late)
     return kinds
@@ -151,8 +149,10 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
             found.update(sums)
         elif role == "reduce":
             found.update(sources)
+        elif (node.target in IN_PLACE or is_in_place(node)) and isinstance(given := node.args[1], list | tuple):
+            found.update(source for source in given if source in late)  # an update kernel is given them as a list
         elif role == "update" or (node in found and _is_pointwise(node)):
-            size = max(_numel(node), *(_numel(source) for source in _targets(node)), 0)
+            size = max(_numel(node), *(_numel(source) for source in targets_of(node)), 0)
             found.update(s for s in sources if _numel(s) == size and marks_of(s).get("role") != "update")
         elif node in found and (node.target in _CARRIES or alias_of(node) is not None):
             # An element of a tuple tells of itself alone.
@@ -164,15 +164,9 @@ def _is_pointwise(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
-def _targets(node: fx.Node) -> list[fx.Node]:
-    """Return what an update overwrites, or makes anew."""
-    positions = IN_PLACE[node.target][1] if node.target in IN_PLACE else _OVERWRITES.get(node.target, ())
-    return [target for i in positions if isinstance(target := node.args[i], fx.Node)]
-
-
 def overwritten(node: fx.Node) -> list[fx.Node]:
     """Return the inputs that an update in place overwrites."""
-    return _targets(node) if node.target in _OVERWRITES else []
+    return targets_of(node) if is_in_place(node) else []
 
 
 def _numel(node: fx.Node) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fzero.kernels.in_place import IN_PLACE
+from fzero.kernels.in_place import IN_PLACE, targets_of
 from fzero.program.aliases import alias_of, written_by
 from fzero.program.loop import run_loop
 from fzero.program.trace import Trace
@@ -96,8 +96,7 @@ class Values:
             shared = self._shared(node)
             if shared is None and self._overwrites(node, order, kept):
                 self.in_place.append(node)
-                targets = [node.args[i] for i in IN_PLACE[node.target][1]]
-                shared = self.writes[node] = tuple(self.holds[t][0] for t in targets if isinstance(t, fx.Node))
+                shared = self.writes[node] = tuple(self.holds[target][0] for target in targets_of(node))
             elif written := self._writes_of(node):
                 self.writes[node] = written
             if shared is not None:
@@ -148,11 +147,12 @@ class Values:
         """Whether a functional update may overwrite what it updates: nobody else has that memory, or reads it later."""
         if node.target not in IN_PLACE:
             return False
-        positions = IN_PLACE[node.target][1]
-        targets = [node.args[i] for i in positions]
+        targets, made = targets_of(node), tensors_of(node)
+        if len(targets) != len(made):  # the target is a number
+            return False
         buffers: list[int] = []
-        for target, result in zip(targets, tensors_of(node), strict=True):
-            if not isinstance(target, fx.Node) or result is None or not _looks_like(target.meta["val"], result):
+        for target, result in zip(targets, made, strict=True):
+            if result is None or not _looks_like(target.meta["val"], result):
                 return False
             buffers += self.holds[target]
         others = [n for n in node.all_input_nodes if n not in targets]

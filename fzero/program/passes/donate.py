@@ -4,7 +4,7 @@ An update kernel exists twice: as a function that returns new tensors, and in pl
 first. Where the memory it would overwrite is donated, or was made by the program itself, and nobody reads
 it later, this pass puts the second there:
 
-    p', m', v' = adamw(p, m, v, g, …)    ──▶    adamw_(p, m, v, g, …);  p' = p,  m' = m,  v' = v
+    p', m', v' = adamw([p, m, v], [g], …)    ──▶    adamw_([p, m, v], [g], …);  p' = p,  m' = m,  v' = v
 
 Sums of gradients go the same way. Then outputs are given memory of their own. A result that is a view of an
 input that the caller keeps, or of another result, is copied: a later call may overwrite either.
@@ -17,7 +17,7 @@ import operator
 import torch
 from torch import fx
 
-from fzero.kernels.in_place import IN_PLACE
+from fzero.kernels.in_place import IN_PLACE, targets_of
 from fzero.program.options import Options
 from fzero.program.trace import Trace, copied, results
 from fzero.program.values import Values
@@ -31,8 +31,8 @@ def donate(trace: Trace, options: Options) -> Trace:
     if trace.output is not None:  # what a body returns, its loop takes as it is
         _own_outputs(trace.module, values)
     for node in values.in_place:
-        in_place, positions = IN_PLACE[node.target]
-        targets = [target for i in positions if isinstance(target := node.args[i], fx.Node)]
+        in_place, _ = IN_PLACE[node.target]
+        targets = targets_of(node)
         with graph.inserting_before(node):
             update = graph.call_function(in_place, node.args, node.kwargs)
         update.meta = {key: node.meta[key] for key in ("custom",) if key in node.meta} | {"val": None}
@@ -42,7 +42,7 @@ def donate(trace: Trace, options: Options) -> Trace:
 
 def _replace_results(graph: fx.Graph, node: fx.Node, targets: list[fx.Node]) -> None:
     for user in list(node.users):
-        if user.target is operator.getitem and isinstance(user.args[1], int) and len(targets) > 1:
+        if user.target is operator.getitem and isinstance(user.args[1], int):
             user.replace_all_uses_with(targets[user.args[1]])
             graph.erase_node(user)
     if node.users:

@@ -1,0 +1,76 @@
+"""Lion: its Triton kernel, its compiled reference and the reference op by op agree bit for bit, and it is Lion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fzero.kernels import compiled
+from fzero.kernels.lion import lion, lion_scalars
+from tests.test_kernels_update import (
+    BFLOAT,
+    FLOAT,
+    ZERO,
+    assert_same_bits,
+    check_triton,
+    compiled_for_hopper,
+    expected,
+    interpreted,
+    op_by_op,
+    operands,
+    renewed,
+)  # fmt: skip
+
+__all__ = ["op_by_op"]  # a fixture
+
+
+def test_interpreted_triton_kernel_equals_the_reference() -> None:
+    interpreted("from tests.test_kernels_update import *; check_triton('lion', 'cpu', STORAGES[3:6])")
+
+
+def test_triton_kernel_compiles_for_hopper_without_fused_multiply_add() -> None:
+    compiled_for_hopper("lion", [("bf16", "bf16"), ("split", "signed")])
+
+
+@pytest.mark.gpu
+def test_triton_kernel_on_a_gpu_equals_the_reference_on_a_cpu() -> None:
+    check_triton("lion", "cuda")
+
+
+def test_compiled_equals_op_by_op() -> None:
+    arguments = operands("lion", (BFLOAT, BFLOAT, None), (compiled.MIN_COMPILED + 1,))
+    assert_same_bits(renewed("lion", arguments, stochastic=True), expected("lion", arguments, stochastic=True))
+    assert compiled._compiler.works
+
+
+def test_follows_its_definition(op_by_op: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, lr, decay, b1, b2 = torch.randn(1000, generator=generator), 1e-2, 0.1, 0.9, 0.99
+    exact_p, exact_m = p.double(), torch.zeros(1000, dtype=torch.float64)
+    state: tuple[torch.Tensor, ...] = (p, torch.zeros(1000))
+    zeros = torch.zeros(1, 2, dtype=torch.int32)
+    for step in range(10):
+        g = torch.randn(1000, generator=generator)
+        scalars = lion_scalars(ZERO + step, lr, decay, factor=0.5)
+        (state,) = lion([state], [g * 2], scalars, zeros, zeros[0, :1], b1=b1, b2=b2, stochastic=False)
+        direction = torch.sign(b1 * exact_m + (1 - b1) * g.double())
+        exact_p = exact_p * (1 - lr * decay) - lr * direction
+        exact_m = b2 * exact_m + (1 - b2) * g.double()
+    torch.testing.assert_close(state[0].double(), exact_p, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state[1].double(), exact_m, rtol=1e-5, atol=1e-6)
+
+
+def test_no_direction_is_no_step(op_by_op: None) -> None:
+    p, m = torch.ones(4), torch.zeros(4)
+    g = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
+    zeros = torch.zeros(1, 2, dtype=torch.int32)
+    scalars = lion_scalars(ZERO, 0.5, 0.0)
+    ((new, _),) = lion([(p, m)], [g], scalars, zeros, zeros[0, :1], b1=0.9, b2=0.99, stochastic=False)
+    assert new.tolist() == [1, 1, 0.5, 1.5]
+
+
+def test_scalars_are_exact_to_float32() -> None:
+    scalars = lion_scalars(ZERO, torch.tensor(3e-4), 0.1, torch.tensor(0.25))
+    lr = torch.tensor(3e-4).item()
+    assert scalars.dtype == FLOAT
+    torch.testing.assert_close(scalars, torch.tensor([1 - lr * 0.1, lr, 0.25]), rtol=1e-7, atol=0)

@@ -1,0 +1,195 @@
+"""8-bit codes: every code is found again, rounding keeps the mean, small squares do not vanish, Triton agrees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fzero.kernels.codes import BLOCK, decode, encode
+from fzero.kernels.quantize import dequantize, launch_dequantize, launch_quantize, quantize
+
+ROOT = Path(__file__).parents[1]
+signed_and_not = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+
+
+def some(n: int, signed: bool, seed: int = 0) -> Tensor:
+    """Numbers of many sizes, blocks of very different scales among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) ** 5 * 10.0 ** (torch.arange(n) // BLOCK % 9 - 4)
+    return x if signed else x.abs()
+
+
+def noise(n: int) -> Tensor:
+    return torch.randint(0, 1 << 16, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+
+
+def every_code(signed: bool) -> Tensor:
+    return torch.arange(-127, 128, dtype=torch.int8) if signed else torch.arange(256).to(torch.uint8)
+
+
+def grid(signed: bool) -> Tensor:
+    """The value of every code under a scale of 1, in float64."""
+    code = every_code(signed).double()
+    return code * code.abs() / 127**2 if signed else (code / 255) ** 4
+
+
+@signed_and_not
+def test_codes_stand_for_the_powers_that_they_should(signed: bool) -> None:
+    codes = every_code(signed)
+    for scale in (1.0, 3.7e-5, 2.0**100):
+        scales = torch.full((2,), scale)
+        values = decode(codes, scales)
+        torch.testing.assert_close(values.double(), grid(signed) * scales[0].double(), rtol=1e-6, atol=0)
+        assert values.max() == scales[0]
+
+
+@signed_and_not
+def test_every_code_is_found_again(signed: bool) -> None:
+    codes = torch.cat([every_code(signed), every_code(signed)])
+    codes[::BLOCK] = 127 if signed else 255  # a block's largest has the largest code
+    for scale in (1.0, 3.7e-5, 2.0**100):
+        scales = torch.full((len(codes[::BLOCK]),), scale)
+        again, scales_again = encode(decode(codes, scales), signed=signed)
+        assert torch.equal(again, codes) and torch.equal(scales_again, scales)
+
+
+@signed_and_not
+def test_nearest_is_the_nearest(signed: bool) -> None:
+    x = some(BLOCK * 9, signed)
+    codes, scales = encode(x, signed=signed)
+    assert torch.equal(scales, x.view(9, BLOCK).abs().amax(1))
+    part = x.double().view(9, BLOCK) / scales.double()[:, None]
+    gap = (part.flatten()[:, None] - grid(signed)).abs()
+    found = gap[torch.arange(len(x)), codes.long() + (127 if signed else 0)]
+    least = gap.amin(1)
+    is_floor = (codes == 1) & (x > 0) & (not signed)
+    assert (found <= least * (1 + 1e-4) + 1e-12)[~is_floor].all()
+
+
+@signed_and_not
+def test_stochastic_rounding_goes_to_neighbours_and_keeps_the_mean(signed: bool) -> None:
+    n = 1 << 16
+    for part in (0.9, 0.123, 0.01, 0.0004, 1e-7) + ((-0.3, -0.002) if signed else ()):
+        # Every noise value once, in blocks that share a largest element: the mean is exact up to 2^-16 of a gap.
+        x = torch.full((n, BLOCK), part)[:, :2].contiguous()
+        x[:, 0] = 1.0
+        codes, scales = encode(x, signed=signed, noise16=torch.arange(n, dtype=torch.int32)[:, None].expand(n, 2))
+        values = decode(codes, scales)[:, 1].double()
+        exact = x[0, 1].double()
+        assert values.unique().numel() <= 2
+        assert (values.min() <= exact * (1 + 1e-6) and exact * (1 - 1e-6) <= values.max()) or exact < 0
+        gap = values.max() - values.min()
+        assert abs(values.mean() - exact) <= gap * 2**-15 + exact.abs() * 1e-6
+
+
+def test_what_is_above_zero_never_becomes_zero() -> None:
+    x = torch.zeros(4 * BLOCK)
+    x[0], x[BLOCK], x[2 * BLOCK] = 1.0, 1e30, 1e-20
+    x[1::BLOCK], x[2::BLOCK] = 1e-35, 1e-45
+    for noise16 in (None, torch.zeros(len(x), dtype=torch.int32), noise(len(x))):
+        codes, scales = encode(x, signed=False, noise16=noise16)
+        values = decode(codes, scales)
+        assert torch.equal(codes > 0, x > 0)
+        assert torch.equal(values[: 3 * BLOCK] > 0, x[: 3 * BLOCK] > 0)
+
+
+@signed_and_not
+def test_zeros_infinities_and_nan(signed: bool) -> None:
+    x = torch.zeros(3 * BLOCK)
+    x[BLOCK], x[BLOCK + 1] = float("inf"), 1.0
+    x[2 * BLOCK], x[2 * BLOCK + 1] = float("nan"), 2.0
+    codes, scales = encode(x, signed=signed)
+    assert scales.tolist() == [0, torch.finfo(torch.float32).max, 2]
+    top = 127 if signed else 255
+    assert not codes[:BLOCK].any() and codes[BLOCK] == top
+    assert codes[2 * BLOCK :].tolist()[:2] == [0, top]
+    assert decode(codes, scales).isfinite().all()
+
+
+@signed_and_not
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 1000])
+def test_a_short_last_block_is_a_block(signed: bool, n: int) -> None:
+    x, bits = some(n, signed), noise(n)
+    codes, scales = encode(x, signed=signed, noise16=bits)
+    assert (codes.shape, scales.shape) == ((n,), (-(-n // BLOCK),))
+    whole = n // BLOCK * BLOCK
+    for part in (slice(0, whole), slice(whole, n)):
+        some_codes, some_scales = encode(x[part], signed=signed, noise16=bits[part])
+        assert torch.equal(codes[part], some_codes)
+        assert torch.equal(scales[part.start // BLOCK : -(-part.stop // BLOCK)], some_scales)
+
+
+def check_triton(device: str) -> None:
+    for signed in (True, False):
+        for n in (1, 2500):
+            x, bits = some(n, signed), noise(n)
+            x[3::50], x[4::51] = 0.0, 1e-40
+            for noise16 in (None, bits):
+                codes, scales = encode(x, signed=signed, noise16=noise16)
+                there = None if noise16 is None else noise16.to(device)
+                found = launch_quantize(x.to(device), signed, there)
+                assert torch.equal(found[0].cpu(), codes) and torch.equal(found[1].cpu(), scales)
+                assert torch.equal(launch_dequantize(*found).cpu(), decode(codes, scales))
+
+
+def test_interpreted_triton_kernels_equal_the_reference() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    code = "from tests.test_kernels_quantize import check_triton; check_triton('cpu')"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_triton_kernels_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fzero.kernels.quantize import dequantize_kernel, quantize_kernel
+for kernel, constants in ((quantize_kernel, {"SIGNED": False, "STOCHASTIC": True}), (dequantize_kernel, {})):
+    types = dict(codes="*u8", scales="*fp32", x="*fp32", values="*fp32", noise16="*i32", length="i64")
+    source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in kernel.arg_names}, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert "fma." not in ptx and ("div.rn.f32" in ptx) == (kernel is quantize_kernel)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+def test_triton_kernels_on_a_gpu_equal_the_reference_on_a_cpu() -> None:
+    check_triton("cuda")
+
+
+@signed_and_not
+def test_ops(signed: bool) -> None:
+    x, bits = some(300, signed), noise(300)
+    for noise16 in (None, bits):
+        codes, scales = quantize(x, signed=signed, noise16=noise16)
+        wanted = encode(x, signed=signed, noise16=noise16)
+        assert torch.equal(codes, wanted[0]) and torch.equal(scales, wanted[1])
+        assert torch.equal(dequantize(codes, scales), decode(codes, scales))
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.fzero.quantize.default, (x, signed, noise16), test_utils=checks)
+        torch.library.opcheck(torch.ops.fzero.dequantize.default, (codes, scales), test_utils=checks)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantize: x has dtype torch\.bfloat16"):
+        quantize(torch.ones(3, dtype=torch.bfloat16), signed=True)
+    with pytest.raises(ValueError, match=r"quantize: x has .* shape \(3, 2\)"):
+        quantize(torch.ones(3, 2), signed=True)
+    with pytest.raises(ValueError, match=r"quantize: noise16 has dtype torch\.int64"):
+        quantize(torch.ones(3), signed=True, noise16=torch.zeros(3, dtype=torch.int64))
+    codes = torch.ones(129, dtype=torch.int8)
+    for call, f in (("decode", decode), ("dequantize", dequantize)):
+        with pytest.raises(ValueError, match=rf"{call}: scales have shape \(1,\), expected \(2,\)"):
+            f(codes, torch.ones(1))
