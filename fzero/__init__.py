@@ -20,6 +20,7 @@ from fzero.errors import RandomOpError as RandomOpError
 from fzero.errors import TraceError as TraceError
 from fzero.errors import TreeError as TreeError
 from fzero.functional import functional as functional
+from fzero.kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fzero.keyed import keyed as keyed
 from fzero.layout import Layout as Layout
 from fzero.layout import Sharded as Sharded
@@ -29,6 +30,7 @@ from fzero.layout import zero as zero
 from fzero.mesh import Mesh as Mesh
 from fzero.mesh import make_mesh as make_mesh
 from fzero.optim import Optimizer as Optimizer
+from fzero.optim import adafactor as adafactor
 from fzero.optim import adam as adam
 from fzero.optim import adamw as adamw
 from fzero.optim import chain as chain
@@ -36,6 +38,7 @@ from fzero.optim import clip_by_global_norm as clip_by_global_norm
 from fzero.optim import clip_by_last_norm as clip_by_last_norm
 from fzero.optim import clip_by_leaf_norm as clip_by_leaf_norm
 from fzero.optim import lion as lion
+from fzero.optim import muon as muon
 from fzero.optim import partition_by as partition_by
 from fzero.optim import schedules as schedules
 from fzero.optim import sgd as sgd
@@ -46,6 +49,7 @@ from fzero.program import Program as Program
 from fzero.program import jit as jit
 from fzero.program import trace as trace
 from fzero.remat import remat as remat
+from fzero.scaling import LossScale as LossScale
 from fzero.state import State as State
 from fzero.state import apply_gradients as apply_gradients
 from fzero.state import init as init

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +12,31 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from tests import world
+from fzero.kernels.storage import join_master
+from tests import small, world
 from tests.small import (
     assert_same_bits,
     copied,
     described,
     flat,
     gradient_of,
-    gradients,
     int32,
-    parameters,
     piece,
     same_bits,
 )
 
-POLICIES = ("fp32", "mixed", "bf16")
+POLICIES = ("fp32", "mixed", "bf16", "bf16-exact", "bf16-fp32-moments", "bf16-8bit", "fp16", "fp16-mixed")
+
+
+def parameters(seed: int = 0) -> dict[str, Any]:
+    """Those of `tests.small`, and a leaf large enough to be quantized, whose pieces are whole blocks on four ranks."""
+    wide = torch.randn(64, 40, generator=torch.Generator().manual_seed(100 + seed))
+    # Small enough for 2^15 times the sum of four gradients to be numbers of fp16.
+    return fz.tree.map(lambda x: x * 0.1, {**small.parameters(seed), "wide": wide})
+
+
+def gradients(steps: int) -> list[dict[str, Any]]:
+    return [parameters(seed) for seed in range(1, steps + 1)]
 
 
 def is_weight(path: str) -> bool:
@@ -45,10 +56,15 @@ OPTIMIZERS: dict[str, fz.Optimizer] = {
     "sgd nesterov": fz.sgd(0.1, momentum=0.9, nesterov=True),
     "sgd decay": fz.sgd(0.1, momentum=0.9, weight_decay=0.1),
     "lion": fz.lion(1e-2, weight_decay=0.1),
+    "adafactor": fz.adafactor(1e-2, weight_decay=0.1),
+    "muon": fz.muon(1e-2, weight_decay=0.1),
     # Wide enough not to clip: a norm may round.
     "clip": fz.chain(fz.clip_by_global_norm(1e3), fz.adamw(1e-2)),
     "clip leaf": fz.chain(fz.clip_by_leaf_norm(1e3), fz.adamw(1e-2)),
-    "groups": fz.partition_by(group_of, {"block": fz.adamw(1e-2), "head": fz.sgd(0.1, momentum=0.9), "scale": None}),
+    "groups": fz.partition_by(
+        group_of,
+        {"block": fz.adamw(1e-2), "head": fz.sgd(0.1, momentum=0.9), "wide": fz.lion(1e-2), "scale": None},
+    ),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -75,12 +91,31 @@ def test_an_update_keeps_structure_shapes_and_dtypes_of_the_state(optimizer: fz.
     assert described(after) == described(before)
 
 
+# What a moment may be stored as, beside the policy's own dtype.
+STORED = {torch.int8: {torch.int8, torch.uint8, torch.bfloat16, torch.float32}}
+
+
 @every_policy
 @every_optimizer
 def test_moments_start_as_zeros_of_the_policy(optimizer: fz.Optimizer, policy: str) -> None:
     state = state_of(optimizer, policy)
-    assert {leaf.dtype for leaf in fz.tree.leaves(state.moments)} <= {state.policy.moment}
-    assert not any(leaf.any() for leaf in fz.tree.leaves(state.moments))
+    moments = {path: x for path, x in flat(state.moments).items() if x.dtype != torch.int16}
+    # What Adafactor keeps is small, or of vectors: float32 under every policy.
+    expected = {torch.float32} if optimizer == OPTIMIZERS["adafactor"] else {state.policy.moment}
+    assert {leaf.dtype for leaf in moments.values()} <= STORED.get(state.policy.moment, expected)
+    assert not any(leaf.any() for leaf in moments.values())
+    assert any(x.dtype == torch.int16 for x in flat(state.moments).values()) == (state.policy.master == "split")
+
+
+@every_optimizer
+def test_split_parameters_start_as_the_exact_ones(optimizer: fz.Optimizer) -> None:
+    state = state_of(optimizer, "bf16-exact")
+    remainders = {path.rpartition(".")[2]: x for path, x in flat(state.moments).items() if x.dtype == torch.int16}
+    expected = {path.rpartition(".")[2]: x.reshape(-1) for path, x in flat(parameters()).items()}
+    pieces = {path.rpartition(".")[2]: piece(state.params, path) for path in state.params.paths}
+    assert remainders.keys() >= expected.keys() - {"scale"}
+    for name, remainder in remainders.items():
+        assert same_bits(join_master(pieces[name], remainder), expected[name]), name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -120,9 +155,10 @@ def test_an_update_changes_nothing_that_it_is_given(optimizer: fz.Optimizer, pol
     assert not same_bits(piece(new.params, "block.weight"), piece(state.params, "block.weight")), "and it did something"
 
 
+@every_policy
 @every_optimizer
-def test_steps_share_one_trace(optimizer: fz.Optimizer) -> None:
-    step, state = fz.jit(apply, donate=0), state_of(optimizer)
+def test_steps_share_one_trace(optimizer: fz.Optimizer, policy: str) -> None:
+    step, state = fz.jit(apply, donate=0), state_of(optimizer, policy)
     for value in gradients(3):
         state = step(state, value)
     assert len(step.programs) == 1
@@ -139,6 +175,19 @@ def test_the_same_steps_give_the_same_bits_again(optimizer: fz.Optimizer, policy
             state = apply(state, value)
         runs.append(state)
     assert_same_bits(*runs)
+
+
+@every_policy
+@every_optimizer
+def test_a_run_that_was_written_and_read_goes_on_with_the_same_bits(optimizer: fz.Optimizer, policy: str) -> None:
+    state = state_of(optimizer, policy)
+    first, second, third = gradients(3)
+    state = apply(apply(state, first), second)
+    file = io.BytesIO()
+    torch.save(fz.tree.leaves(state), file)
+    file.seek(0)
+    resumed = fz.tree.unflatten(fz.tree.structure(state_of(optimizer, policy)), torch.load(file))
+    assert_same_bits(apply(resumed, third), apply(state, third))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,7 +266,7 @@ def test_ten_steps_of_lion_equal_its_formula() -> None:
 
 MASKS: dict[str, Any] = {
     "function": is_weight,
-    "tree": {"block": {"bias": False, "weight": True}, "head": False, "scale": False},
+    "tree": {"block": {"bias": False, "weight": True}, "head": False, "scale": False, "wide": False},
 }
 DECAYING: dict[str, Callable[..., fz.Optimizer]] = {
     "adamw": lambda **options: fz.adamw(1e-2, **options),
@@ -360,7 +409,7 @@ def test_integer_leaves_pass_through(name: str, policy: str) -> None:
     params = {"w": torch.randn(40), "table": torch.arange(40)}
     state = fz.init(params, OPTIMIZERS[name], fz.make_mesh("cpu"), policy=policy)
     assert not any("table" in path for path in fz.tree.paths(state.moments))
-    loss = fz.grad(lambda p: (p["w"] * p["table"]).sum())
+    loss = fz.grad(lambda p: (p["w"] * p["table"]).sum(dtype=torch.float32) * 1e-2)  # so that fp16 does not overflow
     after, info = fz.apply_gradients(state, loss(state))
     assert torch.equal(fz.gather(after.params)["table"], params["table"])
     assert not torch.equal(piece(after.params, "w"), piece(state.params, "w"))

@@ -1,0 +1,230 @@
+"""Muon: momentum whose matrices are orthogonalized, for hidden layers; another optimizer has the other leaves.
+
+The momentum is cut like gradients. Its direction is gathered, every rank orthogonalizes the whole matrix, which gives
+the same bits on any number of ranks, and updates its own piece of the parameter:
+
+    ḡ, m ──momentum──▶ m, direction ──all-gather, bf16──▶ matrix ──Newton-Schulz──▶ own piece ──write-back──▶ p
+
+The gather and the write-back are those of any leaf; a leaf that `P` splits is gathered over those axes too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fzero.kernels.muon import momentum, orthogonalize
+from fzero.kernels.storage import grouped
+from fzero.kernels.write_back import write_back, write_back_scalars
+from fzero.layout import Sharded
+from fzero.marks import mark
+from fzero.mesh import Mesh
+from fzero.optim.adamw import adamw
+from fzero.optim.base import (
+    LeafState,
+    Mask,
+    Optimizer,
+    Rate,
+    Rounding,
+    joined,
+    mask_of,
+    own_of,
+    rate,
+    roundings,
+)
+from fzero.optim.moments import Moment, WithRemainder, restored, stored, with_remainder, without_remainder, zeros
+from fzero.optim.norm import Squares
+from fzero.pieces import Spec, block_of, join, own_piece
+
+# An orthogonal matrix times this and the root of its longer side moves elements about as far as AdamW does.
+ADAMW_SCALE = 0.2
+
+
+class Momentum(NamedTuple):
+    """The running mean of the gradients of matrices."""
+
+    momentum: Moment
+
+
+class MuonState(NamedTuple):
+    """What `Muon` keeps: of the matrices, and of the other leaves."""
+
+    matrices: Any
+    others: Any
+
+
+@dataclass(frozen=True)
+class Muon(Optimizer):
+    """See `muon`."""
+
+    lr: Rate
+    others: Optimizer
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    mask: Mask | None = None
+    steps: int = 5
+    matrix: Mask | None = None
+    shares_rate: bool = True
+
+    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> MuonState:
+        matrices, rest = self._groups(params)
+        own, others = (None, None) if remainder is None else (remainder.select(matrices), remainder.select(rest))
+        state = Momentum(zeros(params.select(matrices), signed=True))
+        return MuonState(
+            with_remainder(state, params.select(matrices), own), self.others.init_sharded(params.select(rest), others)
+        )
+
+    def update_sharded(
+        self,
+        grads: Sharded,
+        opt_state: MuonState,
+        params: Sharded,
+        *,
+        step: Tensor,
+        seed: Tensor,
+        squares: Squares | None = None,
+    ) -> tuple[Sharded, MuonState]:
+        matrices, rest = self._groups(params)
+        moved, own = self._update_matrices(
+            grads.select(matrices), opt_state.matrices, params.select(matrices), step=step, seed=seed
+        )
+        moved_rest, others = self.others.update_sharded(
+            grads.select(rest), opt_state.others, params.select(rest), step=step, seed=seed
+        )
+        new = dict(zip((*matrices, *rest), (*moved.pieces, *moved_rest.pieces), strict=True))
+        return params.replace(pieces=tuple(new[i] for i in range(len(new)))), MuonState(own, others)
+
+    def learning_rate(self, step: Tensor) -> Any:
+        own = rate(self.lr, step)
+        return own if self.shares_rate else {"matrices": own, "others": self.others.learning_rate(step)}
+
+    def frozen(self, paths: Sequence[str]) -> frozenset[str]:
+        return self.others.frozen([path for path in paths if self.matrix is None or not self.matrix(path)])
+
+    def _update_matrices(
+        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
+    ) -> tuple[Sharded, Any]:
+        moments, remainder = without_remainder(opt_state)
+        beside = moments if remainder is None else (remainder, *moments)
+        pieces = list(params.pieces)
+        rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
+        scalars = self._scalars(params, step)
+        for i, rounding in enumerate(roundings(grads, params, step=step, seed=seed)):
+            gradient, path = grads.pieces[i], params.paths[i]
+            if params.pieces[i] is None or gradient is None:
+                continue
+            with mark(role="update", leaf=path):
+                state = (own_of(grads, params, i), *stored(beside, i))
+                own, *row = self._update_leaf(
+                    state, gradient, grads.multiplier, scalars[i], rounding, grads.placement.specs[i], params.mesh
+                )
+                pieces[i], rows[i] = joined(own, grads, params, i), tuple(row)
+        new = restored(beside, rows)
+        moved = Momentum(*(new if remainder is None else new[1:]))
+        return params.replace(pieces=tuple(pieces)), moved if remainder is None else WithRemainder(moved, new[0])
+
+    def _update_leaf(
+        self, state: LeafState, gradient: Tensor, factor: Tensor, scalars: Tensor, rounding: Rounding, spec: Spec,
+        mesh: Mesh,
+    ) -> LeafState:  # fmt: skip
+        parameter, old = grouped(state)
+        ((direction, *mean),) = momentum(
+            [old], [gradient], factor.view(1), rounding.keys, rounding.offsets,
+            decay=self.momentum, nesterov=self.nesterov, stochastic=rounding.stochastic,
+        )  # fmt: skip
+        whole = join(direction, spec, mesh)
+        # NaN marks the elements that stay: they count as zero here, and are NaN again for the write-back.
+        matrix = torch.where(torch.isfinite(whole), whole, 0.0).reshape(spec.shape[0], math.prod(spec.shape[1:]))
+        orthogonal = orthogonalize(matrix, steps=self.steps).reshape(spec.shape)
+        own = own_piece(block_of(orthogonal, spec, mesh), spec, mesh)
+        own = torch.where(torch.isfinite(direction), own, torch.nan)
+        (parameter,) = write_back(
+            [parameter], [own], scalars, rounding.keys, rounding.offsets, stochastic=rounding.stochastic
+        )
+        return (*parameter, *mean)
+
+    def _scalars(self, params: Sharded, step: Tensor) -> list[Tensor]:
+        """Return what the write-back of each leaf takes, made once for leaves of one size."""
+        lr = rate(self.lr, step)
+        made: dict[tuple[int, bool], Tensor] = {}
+        found = []
+        for path, (first, *others) in zip(params.paths, params.shapes, strict=True):
+            longer, decays = max(first, math.prod(others)), self.mask is None or bool(self.mask(path))
+            if (longer, decays) not in made:
+                step_size = lr.to(torch.float64) * (ADAMW_SCALE * math.sqrt(longer))
+                made[longer, decays] = write_back_scalars(step_size, lr, self.weight_decay if decays else 0.0)
+            found.append(made[longer, decays])
+        return found
+
+    def _groups(self, params: Sharded) -> tuple[list[int], list[int]]:
+        """Return the positions of matrices and of the other leaves."""
+        groups: tuple[list[int], list[int]] = [], []
+        frozen = self.frozen(params.paths)
+        for i, (path, shape, piece) in enumerate(zip(params.paths, params.shapes, params.pieces, strict=True)):
+            is_float = piece is None or piece.is_floating_point()
+            chosen = len(shape) >= 2 and is_float if self.matrix is None else bool(self.matrix(path))
+            if chosen and len(shape) < 2:
+                raise ValueError(
+                    f"fz.muon: matrix= chooses leaf {path!r} of shape {shape}, and only leaves of two or more "
+                    f"dimensions can be orthogonalized. Leave it to `others`."
+                )
+            groups[not chosen or path in frozen].append(i)
+        return groups
+
+
+def muon(
+    lr: Rate,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    *,
+    steps: int = 5,
+    matrix: Any = None,
+    others: Optimizer | None = None,
+) -> Muon:
+    """Return Muon for matrices, and another optimizer for the other leaves.
+
+    The update of a matrix is scaled by `0.2 · sqrt(max(rows, columns))`, so that AdamW's learning rate and weight
+    decay serve both. A leaf of more than two dimensions is the matrix of its first against the others.
+
+    Args:
+        lr: learning rate: a number, or a function of the step tensor.
+        momentum: decay of the running mean of gradients.
+        nesterov: orthogonalize the momentum looked ahead.
+        weight_decay: decoupled: `lr * weight_decay` of each parameter goes at each step.
+        mask: which leaves decay, see `adamw`.
+        steps: of the Newton-Schulz iteration.
+        matrix: which leaves are orthogonalized: a function of the dotted path, or a tree of booleans like the
+            parameters. Embeddings and heads do better without. Default: all of two or more dimensions but those that
+            `others` freezes.
+        others: optimizer of the other leaves. Default: `adamw` with the same learning rate, weight decay and mask.
+
+    Returns:
+        An optimizer. With `others` its learning rate is a dict: "matrices", and "others".
+
+    Raises:
+        ValueError: `steps` is below 1; or, from `init`, `matrix` chooses a leaf of fewer than two dimensions.
+        TypeError: `others` is no optimizer.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv 2502.16982.
+
+    Example:
+        >>> opt, w, zero = muon(0.1), torch.zeros(2, 2), torch.tensor(0, dtype=torch.int32)
+        >>> new, _ = opt.update(torch.eye(2), opt.init(w), w, step=zero, seed=zero)
+        >>> (new.diagonal() < -0.02).all(), new[0, 1]
+        (tensor(True), tensor(0.))
+    """
+    if steps < 1:
+        raise ValueError(f"fz.muon: steps={steps}; the iteration needs at least 1.")
+    if others is not None and not isinstance(others, Optimizer):
+        raise TypeError(f"fz.muon: others must be an fz optimizer, got {others!r}. Try fz.adamw(lr).")
+    decay_mask = mask_of(mask)
+    rest = adamw(lr, weight_decay=weight_decay, mask=decay_mask) if others is None else others
+    return Muon(lr, rest, momentum, nesterov, weight_decay, decay_mask, steps, mask_of(matrix), others is None)
