@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 
-.PHONY: help install demo test test-all lint format bench bench-gpu bench-programs clean
+.PHONY: help install demo test test-all lint format bench bench-gpu bench-programs bench-precision clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -49,11 +49,18 @@ format: $(INSTALLED)  ## let ruff fix and format
 bench: $(BENCH)  ## time and memory of a step on this machine's CPU, beside DDP, FSDP2 and DeepSpeed
 	$(RUN) benchmarks/step.py
 
-bench-gpu: $(INSTALLED)  ## the same on CUDA
+bench-gpu: $(INSTALLED)  ## the same on CUDA; then update kernels against a copy, and the published model beside DeepSpeed
 	$(RUN) benchmarks/step.py --device cuda
+	$(RUN) benchmarks/kernels.py --device cuda
+	$(RUN) benchmarks/published_gpu.py
 
 bench-programs: $(INSTALLED)  ## what programs tell without running: peaks, traffic, tracing time, large worlds
 	$(RUN) benchmarks/programs.py
+
+bench-precision: $(INSTALLED)  ## every policy: does it train like fp32, what the state weighs, the published model's memory
+	$(RUN) benchmarks/state_bytes.py
+	$(RUN) benchmarks/published.py
+	$(RUN) benchmarks/parity.py
 
 clean:  ## remove what runs leave behind, except .venv
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,8 @@
 
     python benchmarks/state_bytes.py [--model base] [--ranks 8]
 
-Every byte of every tensor that a rank holds between steps counts, padding included.
+Every byte of every tensor that a rank holds between steps counts, padding included. Rows of others stand beside it as
+their authors state them: for one process, before it is sharded, gradients included where they stay between steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from gpt import GPT, PRESETS
 
 RESULT = Path(__file__).parent / "results" / "state-bytes.json"
-POLICIES = ("fp32", "mixed", "bf16")
+POLICIES = ("fp32", "mixed", "bf16", "bf16-exact", "bf16-fp32-moments", "bf16-8bit", "fp16", "fp16-mixed")
+STATED: list[dict[str, float | str]] = [
+    {"policy": "FlashOptim AdamW", "per_parameter": 7, "source": "arXiv 2602.23349"},
+    {"policy": "FlashOptim AdamW, gradients released", "per_parameter": 5, "source": "arXiv 2602.23349"},
+    {"policy": "DeepSpeed, bf16 mode", "per_parameter": 10, "source": "its example `bf16_master_weight`"},
+    {"policy": "DeepSpeed, fp32 master", "per_parameter": 16, "source": "its example `bf16_master_weight`"},
+]
 
 
 def weigh(model: str, ranks: int, policy: str, stage: int) -> dict[str, float | str]:
@@ -44,10 +51,14 @@ def weigh(model: str, ranks: int, policy: str, stage: int) -> dict[str, float | 
 
 def table(rows: list[dict[str, float | str]]) -> str:
     """Return the rows as Markdown: bytes a parameter on each rank."""
-    cells = {(row["policy"], row["stage"]): f"{row['per_parameter']:.2f}" for row in rows}
+    counted = [row for row in rows if "stage" in row]
+    cells = {(row["policy"], row["stage"]): f"{row['per_parameter']:.2f}" for row in counted}
     lines = ["| bytes a parameter on each rank | ZeRO-0 | ZeRO-1, ZeRO-2 | ZeRO-3 |", "|---|---|---|---|"]
-    for policy in POLICIES:
+    for policy in dict.fromkeys(row["policy"] for row in counted):
         lines.append(f"| `{policy}` | " + " | ".join(cells[policy, stage] for stage in (0, 1, 3)) + " |")
+    for row in rows:
+        if "stage" not in row:
+            lines.append(f"| {row['policy']} (stated: {row['source']}) | {row['per_parameter']} | – | – |")
     return "\n".join(lines)
 
 
@@ -56,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", choices=PRESETS, default="base")
     parser.add_argument("--ranks", type=int, default=8)
     args = parser.parse_args()
-    rows = [weigh(args.model, args.ranks, policy, stage) for policy in POLICIES for stage in range(4)]
+    rows = [weigh(args.model, args.ranks, policy, stage) for policy in POLICIES for stage in range(4)] + STATED
     print(table(rows))
     RESULT.parent.mkdir(exist_ok=True)
     today = datetime.now(UTC).date().isoformat()
