@@ -135,7 +135,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="text; without it, Python's own source")
     parser.add_argument("--model", choices=PRESETS, default="small")
-    parser.add_argument("--policy", choices=["fp32", "mixed", "bf16"], default="bf16", help="dtypes of the state")
+    parser.add_argument("--policy", default="bf16", help="dtypes of the state: a name that fz.policy knows")
     parser.add_argument("--zero", type=int, choices=range(4), default=3, help="what is sharded over the ranks")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step and rank")

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import lowering
+import parity
+import published
 import pytest
 from programs import tables
 from state_bytes import table, weigh
@@ -39,6 +41,19 @@ def test_the_table_of_the_lowering_is_the_measured_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "lowering-cpu.json").read_text())
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"<!-- lowering -->\n{lowering.markdown(record)}\n<!-- /lowering -->" in text
+
+
+def test_the_published_table_has_the_measured_figures():
+    record = json.loads((ROOT / "benchmarks" / "results" / "published.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- published -->\n{published.markdown(record)}\n<!-- /published -->" in text
+
+
+@pytest.mark.parametrize("part", ["train", "small rates"])
+def test_the_tables_of_low_precision_training_are_the_measured_ones(part):
+    record = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- parity {part} -->\n{parity.tables(record)[part]}\n<!-- /parity {part} -->" in text
 
 
 @pytest.mark.parametrize("part", ["passes", "layouts", "worlds", "depths", "runs"])
