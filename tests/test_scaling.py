@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -216,13 +217,16 @@ def accumulated(state: fz.State, weights: Any) -> fz.Sharded:
     return gradient
 
 
-OTHER = state_of("fp16").replace(loss_scale=torch.tensor(64.0))
+@functools.cache
+def other() -> fz.State:
+    """A state with a smaller scale. It is made before a trace, and not in the ranks that import this file."""
+    return state_of("fp16").replace(loss_scale=torch.tensor(64.0))
 
 
 def by_three(state: fz.State, weights: Any) -> tuple[Any, ...]:
     """Gradients by two states, of which the other has a smaller scale, and by a tensor."""
     f = lambda p, q, x: dot(p, weights) + dot(q, weights) * x  # noqa: E731
-    _, pull = fz.vjp(f, state, OTHER, torch.tensor(3.0))
+    _, pull = fz.vjp(f, state, other(), torch.tensor(3.0))
     gradients: tuple[Any, ...] = pull(torch.tensor(1.0))
     return gradients
 
@@ -252,6 +256,7 @@ PATHS = {
 @every_policy
 def test_every_path_scales_and_tells_true_values(policy: str, path: Any, scale: float | None, jitted: bool) -> None:
     state, weights = state_of(policy), parameters(1)
+    other()
     gradient = (fz.jit(path) if jitted else path)(state, weights)
     if scale is not None:
         assert gradient.factor == 1 / scale
