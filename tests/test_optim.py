@@ -70,6 +70,18 @@ every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
+def quick(*cases: Any) -> Any:
+    """Every policy and stage, of which these are not slow."""
+    return pytest.mark.parametrize(
+        ("policy", "stage"),
+        [
+            pytest.param(policy, stage, marks=() if (policy, stage) in cases else pytest.mark.slow)
+            for policy in POLICIES
+            for stage in (1, 3)
+        ],
+    )
+
+
 def state_of(optimizer: fz.Optimizer, policy: str = "fp32", stage: int = 3, mesh: fz.Mesh | None = None) -> fz.State:
     return fz.init(parameters(), optimizer, mesh or fz.make_mesh("cpu"), fz.zero(stage), policy=policy)
 
@@ -155,7 +167,10 @@ def test_an_update_changes_nothing_that_it_is_given(optimizer: fz.Optimizer, pol
     assert not same_bits(piece(new.params, "block.weight"), piece(state.params, "block.weight")), "and it did something"
 
 
-@every_policy
+# A trace sees dtypes; what is stored in parts has other shapes too.
+@pytest.mark.parametrize(
+    "policy", [p if p in ("bf16-exact", "bf16-8bit") else pytest.param(p, marks=pytest.mark.slow) for p in POLICIES]
+)
 @every_optimizer
 def test_steps_share_one_trace(optimizer: fz.Optimizer, policy: str) -> None:
     step, state = fz.jit(apply, donate=0), state_of(optimizer, policy)
@@ -322,8 +337,7 @@ def trained(names: Sequence[str], policy: str, stage: int, steps: int) -> dict[s
     return results
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@every_policy
+@quick(("fp32", 3), ("mixed", 1), ("bf16", 1), ("bf16-exact", 3), ("bf16-8bit", 1), ("bf16-8bit", 3), ("fp16", 3))
 def test_worlds_of_any_size_agree_bit_for_bit(policy: str, stage: int) -> None:
     names = list(OPTIMIZERS)
     (alone,) = world.run(trained, names, policy, stage, 3, size=1)

@@ -103,8 +103,23 @@ def at_stages(name: str, variants: Sequence[str], stages: Sequence[int]) -> dict
     return {variant: [trained(name, variant, stage) for stage in stages] for variant in variants}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", POLICIES)
+QUICK = {(name, 2) for name in POLICIES} | {
+    ("bf16-exact", 4),
+    ("bf16-8bit", 1),
+    ("bf16-8bit", 4),
+    ("fp16", 1),
+    ("fp16", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if (name, size) in QUICK else pytest.mark.slow)
+        for name in POLICIES
+        for size in (1, 2, 4)
+    ],
+)
 def test_every_policy_trains_as_plain_pytorch_at_every_stage(name: str, size: int) -> None:
     expected = in_float64()
     variants = ("plain", "autocast") if size == 2 else ("norms exempt",) if size == 1 else ("plain",)
