@@ -6,6 +6,7 @@ When an upgrade of torch moves one of them, this file breaks and no other.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +26,11 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 # True for a tensor that a torch.func transform (vjp, jvp, vmap) has wrapped.
 is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -35,6 +40,12 @@ unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 # Inside this context operators go past autograd and its book-keeping of views, straight to dispatch modes and kernels.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+# Inside this context no dispatch mode is active: operators run for real, neither faked nor traced.
+modes_off = _disable_current_modes
+
+# Inside this context no torch-function mode is active.
+function_modes_off = torch._C.DisableTorchFunction
 
 # Functional collectives: dispatcher ops that return a tensor to wait for, and so can be traced.
 c10d = torch.ops._c10d_functional
@@ -88,6 +99,43 @@ def set_group_deadline(group: torch.distributed.ProcessGroup, seconds: float) ->
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+@contextmanager
+def one_gloo_thread() -> Iterator[None]:
+    """Inside, a gloo group is made with one thread that runs its collectives, in their order, not with torch's two.
+
+    Torch's two write the name of the collective that ended last into one string, without a lock. Where one ends in
+    each at once they free that string's memory twice, and the process dies then or later. Names of up to 15 letters
+    need no memory; that of a coalesced all-gather does, and so does that of every functional one.
+    """
+    module: Any = torch.distributed.distributed_c10d
+    gloo: Any = getattr(module, "ProcessGroupGloo", None)
+    if gloo is None:  # torch was built without it
+        yield
+        return
+
+    class OneThread(gloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = gloo._Options()
+            options._timeout, options._threads = timeout, 1
+            names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+            devices = [gloo.create_device(interface=name) for name in names]
+            options._devices = devices or [gloo.create_default_device()]
+            super().__init__(store, rank, size, options)
+
+    module.ProcessGroupGloo = OneThread
+    try:
+        yield
+    finally:
+        module.ProcessGroupGloo = gloo
+
+
+def gloo_threads(group: torch.distributed.ProcessGroup | None) -> int:
+    """Return how many threads run the collectives of a group over gloo; 0 without gloo."""
+    gloo = getattr(torch.distributed.distributed_c10d, "ProcessGroupGloo", ())
+    backend = None if group is None else group._get_backend(torch.device("cpu"))
+    return int(backend.options._threads) if isinstance(backend, gloo) else 0
+
+
 def release_groups(mesh: DeviceMesh) -> None:
     """Let go of the process groups that a mesh keeps alive. It finds them by name while they exist."""
     getattr(mesh, "_pg_registry", {}).clear()
@@ -117,12 +165,36 @@ def functorch_level(x: torch.Tensor) -> int:
 
 
 def unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """Return the plain tensor below the wrappers of grad, vjp and jvp."""
+    """Return the plain tensor below the wrappers of transforms. What vmap batches stands in front, the outer first."""
+    while is_functorch_wrapped(x):
+        is_batched = torch._C._functorch.is_batchedtensor(x)
+        dim = torch._C._functorch.maybe_get_bdim(x) if is_batched else 0
+        x = torch._C._functorch.get_unwrapped(x)
+        if is_batched:
+            x = x.movedim(dim, 0)  # where those of inner vmaps stand already
+    return x
+
+
+def transforms_nest() -> bool:
+    """Return whether what runs now may be differentiated twice, or forward: by more than one transform, or by jvp."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = [interpreter.key() for interpreter in stack]
+    forward = kinds.count(torch._C._functorch.TransformType.Jvp)
+    return forward > 0 or kinds.count(torch._C._functorch.TransformType.Grad) > 1
+
+
+def traced_node(x: torch.Tensor) -> torch.fx.Node | None:
+    """Return the node of the graph that is being traced that stands for `x`, `None` where there is none."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
     while is_functorch_wrapped(x):
         if torch._C._functorch.is_batchedtensor(x):
-            raise ValueError("fz: a tensor batched by vmap stands where one plain tensor is needed, such as a key.")
+            return None
         x = torch._C._functorch.get_unwrapped(x)
-    return x
+    tracer: Any = mode.tracer
+    proxy = tracer.unwrap_proxy(x)
+    return proxy.node if isinstance(proxy, torch.fx.Proxy) else None
 
 
 def dispatch_modes() -> list[Any]:
@@ -197,12 +269,16 @@ __all__ = [
     "direct",
     "disable_proxy_modes_tracing",
     "dispatch_modes",
+    "function_modes_off",
     "functorch_level",
     "get_proxy_mode",
+    "gloo_threads",
     "group_deadline",
     "holders_of",
     "is_functorch_wrapped",
     "make_fx",
+    "modes_off",
+    "one_gloo_thread",
     "readable",
     "record_call",
     "release_groups",
@@ -212,7 +288,9 @@ __all__ = [
     "storage_id",
     "torch_nodes",
     "torch_pytree",
+    "traced_node",
     "track_tensor_tree",
+    "transforms_nest",
     "trunc_normal_replaced",
     "unwrap_if_dead",
     "unwrapped",

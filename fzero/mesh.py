@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fzero._torch import release_groups, set_group_deadline
+from fzero._torch import gloo_threads, one_gloo_thread, release_groups, set_group_deadline
 from fzero.errors import MeshError
 
 
@@ -78,6 +78,10 @@ class Mesh:
             return f"simulated:{axis}"
         return self.processes.get_group(axis).group_name
 
+    def __reduce__(self) -> Any:
+        # Process groups do not travel: another process stands for itself in a mesh of the same axes.
+        return _arrived, (self.axes, self.device, self.simulated)
+
     def _text(self) -> str:
         return " × ".join(f"{name}={size}" for name, size in self.axes)
 
@@ -129,7 +133,15 @@ def make_mesh(
     key = (place.type, deadline, *axes.items())
     processes = made.get(key)
     if processes is None:
-        processes = made[key] = init_device_mesh(place.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        # A world that was started elsewhere may run two collectives at once, which gloo does not survive.
+        unsafe = place.type == "cpu" and gloo_threads(dist.group.WORLD) > 1
+        with one_gloo_thread():
+            processes = made[key] = init_device_mesh(
+                place.type,
+                tuple(axes.values()),
+                mesh_dim_names=tuple(axes),
+                backend_override={name: "gloo" for name in axes} if unsafe else None,
+            )
         if deadline is not None:
             for group in processes.get_all_groups():
                 set_group_deadline(group, deadline)
@@ -138,6 +150,11 @@ def make_mesh(
 
 # The meshes in use in each world, so that a second one of the same axes starts no second set of process groups.
 _made: WeakKeyDictionary[Any, WeakValueDictionary[Any, DeviceMesh]] = WeakKeyDictionary()
+
+
+def _arrived(axes: tuple[tuple[str, int], ...], device: torch.device, simulated: bool) -> Mesh:
+    """Return a mesh that was pickled, of the processes that are here."""
+    return make_mesh(device, simulate=simulated, **dict(axes))
 
 
 def _start(device: str | torch.device | None, deadline: float | None) -> torch.device:
@@ -150,10 +167,11 @@ def _start(device: str | torch.device | None, deadline: float | None) -> torch.d
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         torch.cuda.set_device(place)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(
-            backend="nccl" if place.type == "cuda" else "gloo",
-            timeout=None if deadline is None else timedelta(seconds=deadline),
-        )
+        with one_gloo_thread():
+            dist.init_process_group(
+                backend="nccl" if place.type == "cuda" else "gloo",
+                timeout=None if deadline is None else timedelta(seconds=deadline),
+            )
         if place.type == "cpu":
             atexit.register(_leave)
     return place

@@ -38,6 +38,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fzero._torch import one_gloo_thread
+
 MAX_SIZE = 4
 START_DEADLINE = 120.0  # seconds for a new process to import torch
 GRACE = 10.0  # seconds that the others have left once a rank has failed: they may wait for it in a collective
@@ -292,7 +294,8 @@ def _join(rank: int, group: tuple[int, str] | None) -> None:
         dist.destroy_process_group()
     if group is not None:
         size, store = group
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        with one_gloo_thread():  # as `fz.make_mesh` starts a world
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 
 
 def _call(body: bytes, filters: list[Any]) -> bytes:
