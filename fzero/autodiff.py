@@ -81,7 +81,7 @@ def vjp(
         >>> pullback(torch.tensor([1.0, 10.0]))
         (tensor([ 5., 50.]), tensor(32.))
     """
-    _refuse_dynamo("fz.vjp")
+    refuse_dynamo("fz.vjp")
     output, pullback, aux = _vjp(f, primals, tuple(range(len(primals))), has_aux=has_aux, reduce=reduce)
     return (output, pullback, aux) if has_aux else (output, pullback)
 
@@ -123,13 +123,13 @@ def _vjp(
     count = structure["output"].slots.count(tree.OTHER)
     output = structure["output"].fill(floats, rest[:count])
     aux = structure["aux"].fill(rest[count:], ())
-    expected = tree.map(_abstract, output)
+    expected = tree.map(abstract, output)
     plain = not any(_is_tracked(x) for x in leaves)
 
     @together("pullback")
     def pullback(cotangent: Any) -> tuple[Any, ...]:
         opened.check_not_donated()
-        cotangents = _check_cotangent(expected, cotangent)
+        cotangents = check_cotangent(expected, cotangent)
         if opened.scale is not None:
             cotangents = [c * opened.scale.to(c.dtype) for c in cotangents]
         gradients: list[Tensor | None] = [None] * size
@@ -159,7 +159,7 @@ class ValueAndGrad:
         return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse_dynamo("fz.value_and_grad")
+        refuse_dynamo("fz.value_and_grad")
         for position in self.differentiated:
             if not 0 <= position < len(args):
                 raise TypeError(
@@ -250,8 +250,8 @@ def call(f: Callable[..., Any], *args: Any) -> Any:
     return tree.unflatten(treedef, _own(flat, leaves))
 
 
-def _check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
-    """Return the cotangents of the floating-point outputs, in order."""
+def check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
+    """Return the cotangents of the floating-point outputs, in order. Raise if one does not match its output."""
     expected = tree.leaves(output, none_is_leaf=True)
 
     def fits(out: Any, bar: Any) -> bool:
@@ -275,7 +275,7 @@ def _is_tracked(x: Any) -> bool:
     return isinstance(x, Tensor) and (is_functorch_wrapped(x) or x.requires_grad)
 
 
-def _abstract(leaf: Any) -> Any:
+def abstract(leaf: Any) -> Any:
     """Return what a leaf looks like, so that a pullback need not keep the output itself."""
     return (
         torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
@@ -297,7 +297,8 @@ def _named(value: Any) -> list[tuple[str, Any]]:
     return list(zip(tree.paths(value), tree.leaves(value), strict=True))
 
 
-def _refuse_dynamo(call_name: str) -> None:
+def refuse_dynamo(call_name: str) -> None:
+    """Raise inside `torch.compile`."""
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"{call_name} inside torch.compile would silently lose gradients of custom backward functions. "

@@ -31,12 +31,24 @@ class BatchError(FzeroError, ValueError):
     """A batch that cannot be split as asked."""
 
 
+class ShapeError(FzeroError, ValueError):
+    """A tensor whose shape is not what it has to be."""
+
+
 class CotangentError(FzeroError, ValueError):
     """A cotangent whose structure, shape or dtype is not that of the output."""
 
 
+class ResidualsError(FzeroError, ValueError):
+    """Residuals that are not what their backward was traced for."""
+
+
 class BufferWriteError(FzeroError, RuntimeError):
     """A module wrote one of its buffers where buffers are read-only."""
+
+
+class ModuleError(FzeroError, RuntimeError):
+    """A module does what cannot be differentiated as a function."""
 
 
 class RandomOpError(FzeroError, RuntimeError):

@@ -41,6 +41,16 @@ class Primal:
     scale: Tensor | None = None
     key: Tensor | None = None
 
+    def as_primal(self) -> Primal:
+        return self
+
+
+tree.register(
+    Primal,
+    lambda p: ((p.params, p.scale, p.key), p.frozen, ("params", "scale", "key")),
+    lambda frozen, children: Primal(children[0], frozen, *children[1:]),
+)
+
 
 @runtime_checkable
 class HasPrimal(Protocol):
@@ -68,6 +78,10 @@ class Opened:
             if differentiated and isinstance(node, Sharded):
                 _check_unscaled(node)
         return Opened(treedef, tuple(_as_primal(node) for node in nodes), wanted, tuple(positions))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments with a `Primal` in the place of each `State` and `Sharded`."""
+        return tree.unflatten(self.treedef, self.nodes)
 
     def leaves(self) -> list[Any]:
         return [leaf for node in self.nodes for leaf in (gathered(node) if isinstance(node, Primal) else [node])]

@@ -3,13 +3,14 @@
 A `State` and a `Sharded` are nodes of this namespace: `leaves`, `map` and `paths` open them into their
 tensors. Under plain `optree` or in another namespace they are leaves.
 
-`None` is an empty subtree, as in JAX. Dataclasses, and the output classes of libraries that registered
-them with torch, are opened on first sight.
+`None` is an empty subtree, as in JAX. Dataclasses, the output classes of libraries that registered them with
+torch, and the key-value caches of Transformers, are opened on first sight.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -131,14 +132,14 @@ def structure_paths(treedef: TreeDef) -> list[str]:
     return [".".join(str(entry) for entry in path) for path in treedef.paths()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
+class Slot(enum.Enum):
     """The place of a tensor in a tree whose tensors were taken out."""
 
-    name: str
+    PICKED = "picked"
+    OTHER = "other"
 
 
-PICKED, OTHER = Slot("picked"), Slot("other")
+PICKED, OTHER = Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,15 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _can_open(cls: type) -> bool:
     if issubclass(cls, Tensor) or optree.register_pytree_node.get(cls, namespace=NAMESPACE) is not None:
         return False
-    return dataclasses.is_dataclass(cls) or cls in torch_nodes()
+    return dataclasses.is_dataclass(cls) or cls in torch_nodes() or _is_cache(cls)
+
+
+def _is_cache(cls: type) -> bool:
+    """Return whether a class is one of those in which a language model of Transformers hands out keys and values.
+
+    They are plain objects to torch. As leaves they would carry tensors past a pullback and out of a trace.
+    """
+    return any(base.__module__ == "transformers.cache_utils" for base in cls.__mro__)
 
 
 def _open(cls: type, example: Any) -> None:
@@ -254,16 +263,23 @@ def _open(cls: type, example: Any) -> None:
         register(cls, flatten_torch, lambda static, children: node.unflatten_fn(list(children), static.value))
     elif isinstance(example, Mapping):
         register(cls, lambda m: (list(m.values()), tuple(m), list(m)), lambda keys, xs: cls(zip(keys, xs, strict=True)))
-    else:
+    elif dataclasses.is_dataclass(cls):
         names = tuple(field.name for field in dataclasses.fields(cls))
+        register(cls, lambda x: ([getattr(x, n) for n in names], None, names), lambda _, xs: _instance(cls, names, xs))
+    else:
+        register(
+            cls,
+            lambda x: (list(vars(x).values()), tuple(vars(x)), list(vars(x))),
+            lambda names, xs: _instance(cls, names, xs),
+        )
 
-        def unflatten_dataclass(_: Any, children: Sequence[Any]) -> Any:
-            instance: Any = object.__new__(cls)
-            for name, child in zip(names, children, strict=True):
-                object.__setattr__(instance, name, child)
-            return instance
 
-        register(cls, lambda x: ([getattr(x, n) for n in names], None, names), unflatten_dataclass)
+def _instance(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
+    """Return an object with these attributes; its `__init__`, which may check or count, is not run again."""
+    instance: Any = object.__new__(cls)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(instance, name, value)
+    return instance
 
 
 class _Context:

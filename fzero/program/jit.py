@@ -7,28 +7,25 @@ every tensor. Memory of donated arguments is taken first, before anything can fa
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import FakeTensorMode, get_proxy_mode, is_functorch_wrapped
+from fzero._torch import get_proxy_mode, is_functorch_wrapped
 from fzero.errors import MeshError
-from fzero.layout import Sharded
 from fzero.peers import together
 from fzero.program import donation
 from fzero.program.announce import announce
 from fzero.program.kinds import kinds_in
 from fzero.program.lowering import lowered
 from fzero.program.options import Options
-from fzero.program.pipeline import run_passes
+from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
+from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.program.trace import trace_flat
 from fzero.program.watch import count_run
 
@@ -44,7 +41,7 @@ class Jitted:
         self.options = options
         self.calls = 0
         self._programs: dict[Any, Program] = {}
-        self._last: _Signature | None = None
+        self._last: Signature | None = None
         self.name = getattr(f, "__qualname__", type(f).__name__)
         functools.update_wrapper(self, f, updated=())
 
@@ -74,7 +71,7 @@ class Jitted:
             program = self._programs.get(signature.key)
             if program is None:
                 program = self._program(signature, leaves)
-                announce(program, call, signature._by_path())
+                announce(program, call, signature.by_path())
                 self._programs[signature.key] = program
             self._last = signature
             count_run(program, call)
@@ -85,13 +82,13 @@ class Jitted:
         signature, leaves = self._open(args, kwargs)
         return self._programs.get(signature.key) or self._program(signature, leaves)
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Signature, list[Tensor]]:
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[Tensor]]:
         leaves, _, hollow = tree.split((args, kwargs))
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        signature = _Signature(hollow, leaves, self._positions(args, kwargs), self.name)
-        signature.simulated_on = _simulated_on(args, kwargs)
+        signature = Signature(hollow, leaves, self._positions(args, kwargs), f"fz.jit: {self.name}")
+        signature.simulated_on = simulated_on((args, kwargs))
         return signature, leaves
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
@@ -105,77 +102,16 @@ class Jitted:
         starts = [sum(counts[:i]) for i in range(len(args))]
         return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
 
-    def _program(self, signature: _Signature, leaves: Sequence[Tensor]) -> Program:
+    def _program(self, signature: Signature, leaves: Sequence[Tensor]) -> Program:
         cause = "first call" if self._last is None else signature.changes(self._last)
         log = logger.info if self._last is None else logger.warning
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
-        examples = _on_device(leaves, signature.simulated_on)
-        with _collector_paused():
+        examples = examples_of(leaves, signature.simulated_on)
+        with collector_paused():
             trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
             trace = trace.replace(kinds=kinds_in(signature.hollow.fill(examples)))
             trace, stages = run_passes(trace, self.options)
         return Program(self.name, trace, lowered(trace, self.options), cause, stages)
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from going over a growing graph again and again: a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-class _Signature:
-    """What decides which program a call runs."""
-
-    def __init__(self, hollow: tree.Hollow, leaves: Sequence[Tensor], donated: frozenset[int], name: str):
-        self.hollow = hollow
-        self.donated = donated
-        self.simulated_on: torch.device | None = None
-        metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
-        constants = tuple(_constant(slot) for slot in hollow.slots)
-        self.key = (hollow.treedef, constants, metas, *_ambient())
-        try:
-            hash(self.key)
-        except TypeError as error:
-            raise TypeError(
-                f"fz.jit: {name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
-                f"of the program: {error}. Pass tensors, numbers, strings or frozen dataclasses."
-            ) from None
-
-    @property
-    def paths(self) -> list[str]:
-        names = tree.structure_paths(self.hollow.treedef)
-        return [_short(p) for p, slot in zip(names, self.hollow.slots, strict=True) if slot is tree.PICKED]
-
-    def changes(self, before: _Signature) -> str:
-        """Return how these arguments differ from those of the last trace, path by path."""
-        mine, theirs = self._by_path(), before._by_path()
-        lines = [
-            f"{path}: {theirs.get(path, 'nothing')} -> {mine.get(path, 'nothing')}"
-            for path in dict.fromkeys([*theirs, *mine])
-            if mine.get(path) != theirs.get(path)
-        ]
-        if len(lines) > 8:
-            lines[8:] = [f"and {len(lines) - 8} more"]
-        return "; ".join(lines) or "static data in the arguments changed (an optimizer, policy, layout or mesh)"
-
-    def _by_path(self) -> dict[str, str]:
-        names = tree.structure_paths(self.hollow.treedef)
-        metas = iter(self.key[2])
-        entries = {}
-        for path, slot in zip(names, self.hollow.slots, strict=True):
-            if slot is tree.PICKED:
-                shape, stride, dtype, device = next(metas)
-                text = f"{str(dtype).removeprefix('torch.')}{tuple(shape)} on {device}"
-                entries[_short(path)] = text if _is_dense(shape, stride) else f"{text} strides {stride}"
-            else:
-                entries[_short(path)] = repr(slot)
-        return entries
 
 
 def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), **options: Any) -> Any:
@@ -234,42 +170,3 @@ def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
     """
     jitted = f if isinstance(f, Jitted) and not jit_options else jit(f, **jit_options)
     return jitted.trace
-
-
-def _simulated_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """Return the device of a simulated mesh among the arguments, `None` if there is none."""
-    nodes = tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Sharded))
-    return next((n.mesh.device for n in nodes if isinstance(n, Sharded) and n.mesh.simulated), None)
-
-
-def _on_device(leaves: Sequence[Tensor], device: torch.device | None) -> Sequence[Tensor]:
-    """Return tensors that look like `leaves`, with those on the meta device on `device`. Nothing is allocated."""
-    if device is None:
-        return leaves
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
-
-
-def _ambient() -> tuple[Any, ...]:
-    """Return what else decides what an operation means: autocast, grad mode, and the dtype of new tensors."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype())
-
-
-def _constant(value: Any) -> Any:
-    """Return what tells constants apart that Python takes for equal, 1 and 1.0 or 0.0 and -0.0; one NaN is another."""
-    return type(value), value.hex() if isinstance(value, float) else value
-
-
-def _short(path: str) -> str:
-    """`0.1.params.w`, the path in (args, kwargs), as `1.params.w`; a keyword by its name."""
-    return path.split(".", 1)[1] if "." in path else path
-
-
-def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True

@@ -8,7 +8,6 @@ tensors that the function closes over are read where they stand when the program
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,8 @@ from fzero import tree
 from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, make_fx
 from fzero.errors import RandomOpError, TraceError
 from fzero.keyed import draws
-from fzero.marks import recorded
+from fzero.marks import line_of, recorded
+from fzero.module_errors import explaining, line_of_user, module_of
 from fzero.program.aliases import record_aliases
 from fzero.program.captured import check_captured
 
@@ -99,14 +99,14 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
     try:
-        with recorded():
+        with recorded(), explaining("fz.jit"):
             return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except DATA_DEPENDENT_ERRORS as error:
         raise TraceError(
             f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
-            f"{_user_line(error)}\n"
+            f"{line_of_user(error)}\n{module_of(error)}"
             f"Use torch.where instead of `if`, keep numbers as tensors instead of .item(), or pass what is known "
-            f"beforehand as a Python value.{_hint(error)}"
+            f"beforehand as a Python value."
         ) from error
     except SyntaxError as error:
         # torch.fx writes each new graph as Python, where the name of this one operator is a keyword.
@@ -119,12 +119,14 @@ def check_keyed(module: fx.GraphModule) -> None:
     """Raise if the graph draws from a hidden generator: recomputation would draw other numbers."""
     for node in module.graph.nodes:
         if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
-            raise _not_keyed(node.target)
+            raise _not_keyed(node.target, node)
 
 
-def _not_keyed(target: Any) -> RandomOpError:
+def _not_keyed(target: Any, node: fx.Node | None = None) -> RandomOpError:
+    line = None if node is None else line_of(node)
+    where = "" if line is None else f", at {line[0]}:{line[1]} in {line[2]}"
     return RandomOpError(
-        f"fz.jit: {target} draws from the global random generator. Differentiate with respect to a State, "
+        f"fz.jit: {target} draws from the global random generator{where}. Differentiate with respect to a State, "
         f"whose seed and step key such draws, or wrap the function: fz.keyed(f)(key, ...)."
     )
 
@@ -143,6 +145,11 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    return with_graph(module, graph)
+
+
+def with_graph(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module with the constants of another, and a graph that refers to them."""
     return _Uncompiled(module, graph)
 
 
@@ -176,17 +183,3 @@ def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
     record_aliases(graph)
     return _Uncompiled(module, graph)
-
-
-def _hint(error: BaseException) -> str:
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if any("masking_utils" in file for file in files):
-        return " Transformers looks for packed sequences here where it keeps no cache: leave use_cache on."
-    return ""
-
-
-def _user_line(error: BaseException) -> str:
-    """Return the innermost line of the traceback that is neither torch's nor fzero's."""
-    inside = (torch.__path__[0], __file__.rsplit("/", 2)[0])
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
-    return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else "  (no line of yours)"

@@ -1,0 +1,119 @@
+"""Signatures: what decides which program a call runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fzero import tree
+from fzero._torch import FakeTensor, FakeTensorMode
+from fzero.layout import Sharded
+
+
+class Signature:
+    """The structure of a call's arguments with all that is static in them, and what each tensor looks like.
+
+    Attributes:
+        hollow: the arguments, `(args, kwargs)`, without their tensors.
+        donated: positions of tensors whose memory the call may reuse.
+        simulated_on: the device of a simulated mesh among the arguments.
+        key: what two calls have to have in common to run the same program.
+    """
+
+    def __init__(self, hollow: tree.Hollow, leaves: Sequence[Tensor], donated: frozenset[int], name: str):
+        self.hollow = hollow
+        self.donated = donated
+        self.simulated_on: torch.device | None = None
+        metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
+        constants = tuple(_constant(slot) for slot in hollow.slots)
+        self.key = (hollow.treedef, constants, metas, *_ambient())
+        try:
+            hash(self.key)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
+                f"of the program: {error}. Pass tensors, numbers, strings or frozen dataclasses."
+            ) from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Signature) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def examples(self) -> list[Tensor]:
+        """Return tensors that look like the arguments', without memory."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return [torch.empty_strided(s, strides, dtype=d, device=device) for s, strides, d, device in self.key[2]]
+
+    @property
+    def paths(self) -> list[str]:
+        names = tree.structure_paths(self.hollow.treedef)
+        return [_short(p) for p, slot in zip(names, self.hollow.slots, strict=True) if slot is tree.PICKED]
+
+    def changes(self, before: Signature) -> str:
+        """Return how these arguments differ from those of the last trace, path by path."""
+        mine, theirs = self.by_path(), before.by_path()
+        lines = [
+            f"{path}: {theirs.get(path, 'nothing')} -> {mine.get(path, 'nothing')}"
+            for path in dict.fromkeys([*theirs, *mine])
+            if mine.get(path) != theirs.get(path)
+        ]
+        if len(lines) > 8:
+            lines[8:] = [f"and {len(lines) - 8} more"]
+        return "; ".join(lines) or "static data in the arguments changed (an optimizer, policy, layout or mesh)"
+
+    def by_path(self) -> dict[str, str]:
+        names = tree.structure_paths(self.hollow.treedef)
+        metas = iter(self.key[2])
+        entries = {}
+        for path, slot in zip(names, self.hollow.slots, strict=True):
+            if slot is tree.PICKED:
+                shape, stride, dtype, device = next(metas)
+                text = f"{str(dtype).removeprefix('torch.')}{tuple(shape)} on {device}"
+                entries[_short(path)] = text if _is_dense(shape, stride) else f"{text} strides {stride}"
+            else:
+                entries[_short(path)] = repr(slot)
+        return entries
+
+
+def simulated_on(arguments: Any) -> torch.device | None:
+    """Return the device of a simulated mesh among the arguments, `None` if there is none."""
+    nodes = tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Sharded))
+    return next((n.mesh.device for n in nodes if isinstance(n, Sharded) and n.mesh.simulated), None)
+
+
+def examples_of(leaves: Sequence[Tensor], device: torch.device | None) -> Sequence[Tensor]:
+    """Return tensors that look like `leaves`, with those on the meta device on `device`. Nothing is allocated."""
+    if device is None or any(isinstance(x, FakeTensor) for x in leaves):  # those come of a trace around this one
+        return leaves
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
+
+
+def _ambient() -> tuple[Any, ...]:
+    """Return what else decides what an operation means: autocast, grad mode, and the dtype of new tensors."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype())
+
+
+def _constant(value: Any) -> Any:
+    """Return what tells constants apart that Python takes for equal, 1 and 1.0 or 0.0 and -0.0; one NaN is another."""
+    return type(value), value.hex() if isinstance(value, float) else value
+
+
+def _short(path: str) -> str:
+    """`0.1.params.w`, the path in (args, kwargs), as `1.params.w`; a keyword by its name."""
+    return path.split(".", 1)[1] if "." in path else path
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
