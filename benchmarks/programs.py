@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.program.memory import amount
+from fzero.display.listing import amount
 from fzero.program.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Curve:
                 curve.held_out.append((number, held_out_loss()))
                 say(f"step {number:5}: held-out loss {curve.held_out[-1][1]:.6f} nats per byte")
 
-    say(f"{meter}; {state}")
+    say(f"{meter}")
     params = fz.gather(state.params)  # a collective: every rank takes part
     if rank == 0:
         curve.plot(args.out / "train_gpt.png")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import tree
+from fzero import display, tree
 from fzero._torch import FakeTensor, torch_pytree
 from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
@@ -187,11 +186,10 @@ class Sharded:
         return Sharded(tuple(self.pieces[i] for i in indices), self.placement.select(indices), self.factor)
 
     def __repr__(self) -> str:
-        total = sum(math.prod(shape) for shape in self.shapes)
-        return (
-            f"Sharded({len(self.paths)} leaves, {total:,} elements, ZeRO-{self.layout.stage} "
-            f"over {' × '.join(f'{n}={s}' for n, s in self.mesh.axes)})"
-        )
+        return display.text_of(display.of_sharded(self))
+
+    def _repr_html_(self) -> str:
+        return display.html_of(display.of_sharded(self))
 
 
 def shard(tree: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = None) -> Sharded:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fzero import tree
+from fzero import display, tree
 from fzero._torch import torch_pytree
 from fzero.accumulate import accumulate
 from fzero.autodiff import value_and_grad
@@ -86,13 +85,10 @@ class State:
         return self.replace(seed=fold(self.seed, index))
 
     def __repr__(self) -> str:
-        leaves = [self.step, *tree.leaves(self.params), *tree.leaves(self.moments), self.seed]
-        held = sum(x.numel() * x.element_size() for x in leaves if type(x) is Tensor)  # what was donated holds none
-        elements = sum(math.prod(shape) for shape in self.params.shapes)
-        return (
-            f"State({len(self.params.paths)} leaves, {elements:,} parameters, ZeRO-{self.layout.stage} over "
-            f"{' × '.join(f'{n}={s}' for n, s in self.mesh.axes)}, {held / 2**20:.1f} MiB on this rank)"
-        )
+        return display.text_of(display.of_state(self))
+
+    def _repr_html_(self) -> str:
+        return display.html_of(display.of_state(self))
 
 
 def init(
@@ -128,7 +124,11 @@ def init(
         >>> from fzero.optim import adamw
         >>> from fzero.mesh import make_mesh
         >>> init({"w": torch.ones(4, 4)}, adamw(1e-3), make_mesh("cpu"), policy="fp32")
-        State(1 leaves, 16 parameters, ZeRO-3 over data=1, 0.0 MiB on this rank)
+        State(1 leaf, 16 parameters, ZeRO-3 over data=1, step 0)
+          at rest  200 B on this rank: params 64 B, moments 128 B, rest 8 B
+          policy   stored float32, moments float32, computed in float32, rounding nearest
+          leaf  shape   dtype    held   params  moments
+          w     (4, 4)  float32  whole    64 B    128 B
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fzero as fz
 from fzero._torch import TorchDispatchMode
+from fzero.display.listing import amount
 from fzero.program.kinds import KINDS, kinds_in
-from fzero.program.memory import Memory, amount, peak_bytes
+from fzero.program.memory import Memory, peak_bytes
 from fzero.program.program import Program
 from tests import world
 from tests.small import LiveBytes

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from fzero.display.listing import amount
 from fzero.program.kinds import AT_REST, KINDS, kinds_of
 from fzero.program.loop import run_loop
 from fzero.program.trace import Trace
@@ -192,17 +193,6 @@ def _curves(trace: Trace, values: Values, *, without_inputs: bool = False) -> tu
             curves[kind] += [flat[kind][i] + x for x in inner[kind]]
         names += inner_names
     return curves, names
-
-
-def amount(size: float) -> str:
-    """Return bytes as text in the unit that suits them.
-
-    Example:
-        >>> amount(3 * 2**30), amount(1536), amount(12)
-        ('3.00 GiB', '1.50 KiB', '12 B')
-    """
-    unit, name = _unit(size)
-    return f"{size:.0f} B" if unit == 1 else f"{size / unit:.2f} {name}"
 
 
 def _unit(size: float) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fzero._torch import OpOverload
+from fzero.display import html_of_program
 from fzero.program.devices import Device, Estimate, estimate
 from fzero.program.failure import note_place
 from fzero.program.flops import flops_of
@@ -109,3 +110,6 @@ class Program:
     def __repr__(self) -> str:
         count = sum(node.op == "call_function" for node in self.trace.module.graph.nodes)
         return f"Program({self.name}: {len(self.trace.inputs)} inputs, {count} operations; {self.cause})"
+
+    def _repr_html_(self) -> str:
+        return html_of_program(repr(self), self.memory(), self.traffic(), self.flops(), self.stages)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fzero._torch import OpOverload
+from fzero.display.listing import amount
 from fzero.marks import marks_of
 from fzero.program.flops import flops_of
 from fzero.program.loop import run_loop
-from fzero.program.memory import Memory, amount, memory_of
+from fzero.program.memory import Memory, memory_of
 from fzero.program.origins import Origin, origins_of
 from fzero.program.pipeline import Stage
 from fzero.program.trace import Trace, results
