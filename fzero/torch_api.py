@@ -1,0 +1,352 @@
+"""Loops of plain PyTorch over a sharded state: calls return autograd tensors, `backward` adds up gradients.
+
+    output = model(x)        the forward of `vjp`; its tensors leave as the outputs of one node of autograd
+    loss.backward()          the node gives its cotangents to the pullback; the gradient is added to model.grads
+    info = model.step()      apply_gradients: model.state is the next state, model.grads is empty
+
+Everything between output and loss is PyTorch's own. What is sharded, scaled and reduced happens inside the
+pullback, so it holds on every path that reaches the node: a scalar loss, any cotangent, several models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fzero import tree
+from fzero.algebra import add
+from fzero.autodiff import Pullback, call, vjp
+from fzero.functional import functional
+from fzero.layout import Sharded
+from fzero.optim.base import Optimizer
+from fzero.primal import is_float
+from fzero.program.jit import jit
+from fzero.split import split_vjp
+from fzero.state import Skip, State, apply_gradients, init
+
+
+class Model:
+    """A function of a state's parameters that is called, differentiated and updated as PyTorch's modules are.
+
+    The state stays immutable; the model only names the latest. `wrap` makes one of an `nn.Module`.
+
+    Args:
+        apply: `apply(params, *args, **kwargs)` returns any tree. It sees full parameters in the compute dtype.
+        state: what to train. `model.state` may be set to another one, such as a restored state.
+        evaluation: the same function in eval mode, called after `model.eval()`; default: `apply`.
+        buffers: if given, both functions are `(params, buffers, *args, **kwargs) -> (output, buffers)`.
+            `model.buffers` holds what they returned last; each rank has its own.
+        cast_inputs: cast floating-point inputs to the policy's compute dtype.
+        donate: `step` reuses the memory of the state and of the gradients. Whoever kept the old state and reads
+            it gets `DonatedError`, and so does a `backward` through a call made before the step.
+        traced: calls and their backwards run as two programs, traced once for each signature, see `fz.split_vjp`. Full
+            leaves come when they are used and go, and none is held between forward and backward. Results are the same
+            bits. Left out, all leaves are gathered at the call, and the backward finds them there.
+
+    Attributes:
+        state: the latest state.
+        grads: the sum of the gradients since the last step, in the policy's reduce dtype from the second one on;
+            each is the mean over the data axes. `None` before the first.
+        buffers: see above.
+        training: whether calls run `apply`.
+
+    Example:
+        >>> from fzero.mesh import make_mesh
+        >>> from fzero.optim import sgd
+        >>> state = init({"w": torch.ones(2)}, sgd(0.5), make_mesh("cpu"), policy="fp32")
+        >>> model = Model(lambda params, x: params["w"] * x, state)
+        >>> loss = model(torch.tensor([1.0, 2.0])).sum()
+        >>> loss.backward()
+        >>> info = model.step()
+        >>> model(torch.ones(2))
+        tensor([0.5000, 0.0000], grad_fn=<_NodeBackward>)
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        state: State,
+        *,
+        evaluation: Callable[..., Any] | None = None,
+        buffers: Any = None,
+        cast_inputs: bool = True,
+        donate: bool = True,
+        traced: bool = False,
+    ) -> None:
+        if not isinstance(state, State):
+            raise TypeError(
+                f"torch_api.Model: expected a State, got {tree.describe(state)}. Make one with fz.init(params, "
+                f"optimizer), or wrap a module: torch_api.wrap(module, optimizer)."
+            )
+        self.state = state
+        self.grads: Sharded | None = None
+        self.buffers = buffers
+        self.training = True
+        self._functions = {True: apply, False: evaluation or apply}
+        self._cast_inputs = cast_inputs
+        self._update = jit(apply_gradients, donate=(0, 1), lower="graph") if donate else apply_gradients
+        self._halves = split_vjp(self._run, has_aux=True) if traced else None
+        self._calls = 0  # since the last step, in training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function on this rank's inputs.
+
+        Under a policy with a loss scale, fp16 outputs come out as fp32, so that cotangents outside of the model
+        need no scale to stay above fp16's underflow.
+
+        Returns:
+            What the function returns. Where grad mode is on, its floating-point tensors are of autograd, and
+            `backward` through them reaches `grads` and the inputs that require grad.
+
+        Raises:
+            TypeError: grad mode is on, and the function returns no floating-point tensor.
+            ValueError: the function closes over a tensor that requires grad.
+        """
+        tracked, rest, hollow = tree.split((args, kwargs), lambda x: x.requires_grad)
+        state, inputs = self._drawing_anew(), [x.detach() for x in tracked]
+        others = rest, _Static(hollow), self.buffers, self.training
+        if not torch.is_grad_enabled():
+            output, self.buffers = call(lambda params: self._run(params, inputs, *others), state)
+            return output
+        if self._halves is None:
+            function = lambda params, inputs: self._run(params, inputs, *others)  # noqa: E731
+            output, pullback, self.buffers = vjp(function, state, inputs, has_aux=True)
+        else:
+            forward, backward = self._halves
+            output, residuals, self.buffers = forward(state, inputs, *others)
+            pullback = lambda cotangent: backward(residuals, cotangent)  # noqa: E731
+        return self._joined(output, pullback, tracked)
+
+    def step(self, skip: Skip | None = None) -> dict[str, Any]:
+        """Update the state by the gradients, and forget them.
+
+        Args:
+            skip: what a gradient that is not finite does, see `fz.apply_gradients`.
+
+        Returns:
+            `info` of `fz.apply_gradients`: grad_norm, finite, lr, loss_scale.
+
+        Raises:
+            ValueError: no backward has reached the model since the last step.
+        """
+        if self.grads is None:
+            raise ValueError(
+                "torch_api.Model.step: there are no gradients: no backward has reached this model since its last step. "
+                "Call loss.backward() on a loss made of its output, with grad mode on, before the step."
+            )
+        grads, self.grads = self.grads, None
+        self.state, info = self._update(self.state, grads, skip)
+        self._calls = 0
+        return info
+
+    def zero_grad(self) -> None:
+        """Forget the gradients. `step` does so too."""
+        self.grads = None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Do nothing: for loops that have it around all backwards but the last.
+
+        Each backward reduces its gradient, so that only pieces are ever kept; results are the same either way.
+        """
+        return nullcontext()
+
+    def train(self, mode: bool = True) -> Model:
+        """Run `apply` from now on, or with `mode=False` the function for evaluation."""
+        self.training = mode
+        return self
+
+    def eval(self) -> Model:
+        """Run the function for evaluation from now on."""
+        return self.train(False)
+
+    def __repr__(self) -> str:
+        return f"Model in {'training' if self.training else 'evaluation'}: {self.state!r}"
+
+    def _drawing_anew(self) -> State:
+        """The state, with random draws of its own for each call between two steps."""
+        number = self._calls
+        self._calls += self.training
+        if number == 0:
+            return self.state
+        return self.state.for_microbatch(torch.full((), number, dtype=torch.int32, device=self.state.mesh.device))
+
+    def _run(
+        self, params: Any, inputs: list[Tensor], rest: list[Tensor], static: _Static, buffers: Any, training: bool
+    ) -> tuple[Any, Any]:
+        """Run the function on full parameters: a pure function of its arguments, so that it may be traced."""
+        # Traced, all arguments are primals. Nothing is to be computed for those that are not to be differentiated.
+        rest, buffers = tree.map(torch.detach, (rest, buffers))
+        positional, keywords = self._cast(static.hollow.fill(inputs, rest))
+        if buffers is None:
+            return self._widened(self._functions[training](params, *positional, **keywords)), None
+        output, buffers = self._functions[training](params, buffers, *positional, **keywords)
+        return self._widened(output), buffers
+
+    def _cast(self, inputs: Any) -> Any:
+        dtype = self.state.policy.compute
+        if not self._cast_inputs:
+            return inputs
+        return tree.map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+    def _widened(self, output: Any) -> Any:
+        # Inside the function that vjp sees: so the cotangent is scaled in fp32, before it becomes fp16.
+        if self.state.policy.loss_scale is None:
+            return output
+        return tree.map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.float16 else x, output)
+
+    def _joined(self, output: Any, pullback: Pullback, tracked: list[Tensor]) -> Any:
+        """Return an output with its floating-point tensors as the outputs of a node of autograd."""
+        floats, others, hollow = tree.split(output, is_float)
+        if any(x.requires_grad for x in floats):
+            raise ValueError(
+                "torch_api.Model: the function closes over a tensor that requires grad, whose gradient would be lost. "
+                "Pass it to the call as an argument."
+            )
+        crossing = _Crossing(self, lambda bars: pullback(hollow.fill(bars, [None] * len(others))))
+        token = torch.zeros((), device=self.state.mesh.device, requires_grad=True)
+        token.register_hook(crossing.collect)
+        # A tensor that the pullback itself holds would close a circle through the node that holds the pullback.
+        outputs = [x.detach() for x in floats]
+        with torch.autograd.graph.saved_tensors_hooks(crossing.pack, crossing.unpack):
+            joined = _Node.apply(crossing, outputs, token, *tracked)
+        return hollow.fill(joined, others)
+
+    def _add(self, gradient: Sharded) -> None:
+        # Factors differ where the loss scale has moved between two calls; `add` brings them together.
+        self.grads = gradient if self.grads is None else add(_in_reduce_dtype(self.grads), gradient)
+
+
+def wrap(
+    module: nn.Module | Callable[[], nn.Module],
+    optimizer: Optimizer,
+    *,
+    cast_inputs: bool = True,
+    donate: bool = True,
+    traced: bool = False,
+    **options: Any,
+) -> Model:
+    """Return a module and a new state of its parameters as a `Model`.
+
+    Args:
+        module: the module, or better a function without arguments that makes one, see `fz.init`. It is copied.
+            After `model.eval()` all of it is in eval mode; `model.train()` gives its parts the modes that they
+            have now, or puts all of it in training mode where the module itself is not.
+        optimizer: such as `fz.adamw(3e-4)`.
+        cast_inputs: see `Model`, and so `donate` and `traced`.
+        **options: `mesh`, `layout`, `policy` and `seed` of `fz.init`.
+
+    Returns:
+        A model in training mode. Its buffers, such as the statistics of batch norm, are each rank's own.
+
+    Example:
+        >>> from fzero.mesh import make_mesh
+        >>> from fzero.optim import sgd
+        >>> model = wrap(lambda: nn.Linear(2, 3), sgd(0.1), mesh=make_mesh("cpu"), policy="fp32")
+        >>> model(torch.ones(4, 2)).square().mean().backward()
+        >>> bool(model.step()["finite"])
+        True
+    """
+    apply, _, buffers = _in_mode(module, training=True)
+    evaluation, _, _ = _in_mode(module, training=False)
+    state = init(module, optimizer, **options)
+    buffers = tree.map(lambda buffer: buffer.to(state.mesh.device, copy=True), buffers)
+    choices = {"cast_inputs": cast_inputs, "donate": donate, "traced": traced}
+    return Model(apply, state, evaluation=evaluation, buffers=buffers, **choices)
+
+
+class _Static:
+    """The arguments of a call without their tensors: a constant of its trace, so no dataclass, which is a tree."""
+
+    def __init__(self, hollow: tree.Hollow) -> None:
+        self.hollow = hollow
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.hollow == other.hollow
+
+    def __hash__(self) -> int:
+        return hash(self.hollow)
+
+    def __repr__(self) -> str:
+        return repr(self.hollow)
+
+
+class _Crossing:
+    """What one call of a model leaves for its backward.
+
+    The pullback is kept where autograd keeps saved tensors. So autograd frees it after a backward that does not retain
+    the graph, however long the loss lives, and refuses a second one in its own words.
+    """
+
+    def __init__(self, model: Model, pullback: Callable[[tuple[Tensor, ...]], tuple[Any, ...]]) -> None:
+        self.model = model
+        self.packing: Any = pullback
+        self.unpacked: Any = None
+        self.gradient: Sharded | None = None
+
+    def pack(self, saved: Tensor) -> Any:
+        pullback, self.packing = self.packing, None
+        return saved, pullback
+
+    def unpack(self, packed: Any) -> Tensor:
+        saved, self.unpacked = packed
+        return saved
+
+    def pull(self, context: Any, cotangents: tuple[Tensor, ...]) -> list[Tensor]:
+        """Run the pullback; return the cotangents of the inputs and keep the gradient for `collect`."""
+        context.saved_tensors  # noqa: B018 - unpacks, or raises where the graph was freed
+        pullback, self.unpacked = self.unpacked, None
+        self.gradient, inputs, *_ = pullback(cotangents)
+        return inputs
+
+    def collect(self, _: Tensor) -> None:
+        """Add the gradient to the model's: a hook of a leaf, which `torch.autograd.grad` of others does not reach."""
+        gradient, self.gradient = self.gradient, None
+        if gradient is not None:
+            self.model._add(gradient)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crossing: _Crossing, outputs: list[Tensor], token: Tensor, *inputs: Tensor) -> Any:
+        ctx.crossing = crossing
+        ctx.save_for_backward(token.detach())
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "torch_api.Model: create_graph=True asks for a second derivative through the call of a sharded model. "
+                "Write it as a function instead: fz.grad inside the function of fz.value_and_grad, or torch.func.jvp "
+                "of fz.grad."
+            )
+        inputs = ctx.crossing.pull(ctx, cotangents)
+        return None, None, torch.zeros((), device=ctx.crossing.model.state.mesh.device), *inputs
+
+
+def _in_reduce_dtype(gradient: Sharded) -> Sharded:
+    pieces = [
+        piece if piece is None or policy is None else piece.to(policy.reduce)
+        for piece, policy in zip(gradient.pieces, map(gradient.placement.policy_of, gradient.paths), strict=True)
+    ]
+    return gradient.replace(pieces=tuple(pieces))
+
+
+def _in_mode(module: nn.Module | Callable[[], nn.Module], *, training: bool) -> tuple[Callable[..., Any], Any, Any]:
+    """Return a module as a pure function in one of its modes, with its parameters and buffers."""
+    if not isinstance(module, nn.Module):
+        return functional(lambda: _switched(module(), training), buffers=True)
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        return functional(_switched(module, training), buffers=True)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _switched(module: nn.Module, training: bool) -> nn.Module:
+    return module if module.training and training else module.train(training)
