@@ -22,6 +22,8 @@ from fzero import tree
 from fzero.deferred import deferred, without_parameters
 from fzero.errors import BufferWriteError, TreeError
 from fzero.marks import blocks_marked
+from fzero.module_errors import explaining
+from fzero.surroundings import Shortcuts, surroundings
 
 Tree = dict[str, Any]
 
@@ -61,6 +63,7 @@ def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: bool = F
         TypeError: `module` is neither a module nor a function that makes one, or cannot be copied.
         ValueError: the module is lazy and has not been run yet. From `apply`: a tree that does not fit.
         BufferWriteError: from `apply`, without `buffers=True`: the module wrote one of its buffers.
+        ModuleError: from `apply` under a gradient: the module does what cannot be differentiated as a function.
 
     Example:
         >>> apply, params = functional(nn.Linear(2, 3))
@@ -131,6 +134,7 @@ class _Call(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.shortcuts = Shortcuts.of(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         out = self.module(*args, **kwargs)
@@ -141,7 +145,8 @@ def _run(
     call: _Call, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Tensor]]:
     tensors = {f"module.{name}": t for name, t in (*params.items(), *buffers.items())}
-    with blocks_marked(call.module):
+    module = call.module
+    with explaining("fz.functional", module), surroundings(call.shortcuts), blocks_marked(module):
         out, after = torch.func.functional_call(call, tensors, args, kwargs)
     return out, after
 

@@ -1,0 +1,133 @@
+"""Errors that come through a module: they name its path and class, the line, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fzero as fz
+
+# torch.compile warns of the transform around it before it fails.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Inner(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x * self.weight)
+
+
+class Network(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(Inner(f))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class OldStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:
+        return bar * 2
+
+
+@torch.library.custom_op("fzero_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def branch(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x  # the line
+
+
+X = torch.ones(2, 4)
+PLACE = r"in module 'layers\.1\.0' \(Inner\)\n"
+
+
+def gradient(f: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+    apply, params = fz.functional(Network(f))
+    return fz.grad(lambda p: apply(p, X).sum()), params
+
+
+@pytest.mark.parametrize(
+    ("name", "f"),
+    {
+        "if": branch,
+        "item": lambda x: x * x.sum().item(),
+        "mask": lambda x: x[x > 0].sum(),
+    }.items(),
+)
+def test_a_value_that_a_trace_does_not_have(name: str, f: Callable[[Tensor], Any]):
+    g, params = gradient(f)
+    with pytest.raises(fz.TraceError, match=PLACE) as info:
+        fz.jit(g)(params)
+    assert __file__ in str(info.value)
+    if f is branch:
+        assert "return x if x.sum() > 0 else -x  # the line" in str(info.value)
+
+
+EITHER: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "numpy": (lambda x: x + torch.from_numpy(x.numpy()), "no memory to look into"),
+    "data_ptr": (lambda x: x + x.data_ptr(), "no memory to look into"),
+    "an old autograd.Function": (OldStyle.apply, "setup_context and call"),
+    "an operator": (lambda x: opaque(x), r"fz\.AttentionKernel"),
+    "a checkpoint": (lambda x: checkpoint(torch.sin, x, use_reentrant=False), r"fz\.remat"),
+    "an old checkpoint": (lambda x: checkpoint(torch.sin, x, use_reentrant=True), r"fz\.remat"),
+    "requires_grad_": (lambda x: x.requires_grad_(), r"activation_checkpointing_disable"),
+    "backward": (lambda x: (x.sum().backward(), x)[1], r"by fz\.grad"),
+    "torch.compile": (torch.compile(torch.sin, backend="eager"), r"without torch\.compile"),
+}
+
+
+@pytest.mark.parametrize(("f", "advice"), EITHER.values(), ids=EITHER)
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_cannot_be_part_of_a_function(f: Callable[[Tensor], Any], advice: str, traced: bool):
+    g, params = gradient(f)
+    with pytest.raises(fz.ModuleError, match=f"{PLACE}.*{advice}") as info:
+        (fz.jit(g) if traced else g)(params)
+    assert __file__ in str(info.value)
+
+
+def test_an_operator_without_shapes_is_refused_by_a_trace_alone():
+    apply, params = fz.functional(Network(lambda x: opaque(x)))
+    assert apply(params, X).shape == X.shape
+    with pytest.raises(fz.ModuleError, match=f"{PLACE}.*register_fake"):
+        fz.jit(apply)(params, X)
+
+
+def test_a_function_without_a_module_is_helped_too():
+    with pytest.raises(fz.ModuleError, match=r"fz\.jit: (.|\n)*no memory to look into"):
+        fz.jit(lambda x: torch.from_numpy(x.numpy()))(X)
+
+
+def test_errors_of_the_module_itself_pass_as_they_are_with_a_note():
+    apply, params = fz.functional(Network(lambda x: {"weight": x}["key"]))
+    with pytest.raises(KeyError, match="key") as info:
+        apply(params, X)
+    assert info.value.__notes__ == ["in module 'layers.1.0' (Inner)"]
+    root, params = fz.functional(Inner(lambda x: x @ torch.ones(3)))
+    with pytest.raises(RuntimeError, match="size mismatch") as failed:
+        root(params, X)
+    assert failed.value.__notes__ == ["in module Inner"]
+
+
+def test_draws_without_a_key_are_refused_at_their_line():
+    g, params = gradient(lambda x: x * torch.rand(4))
+    with pytest.raises(fz.RandomOpError, match=rf"random generator, at {__file__}:\d+ in .*<lambda>"):
+        fz.jit(g)(params)
