@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 
-.PHONY: help install demo test test-all lint format bench bench-gpu bench-programs bench-precision clean
+.PHONY: help install demo demo-vision test test-all lint format notebooks bench bench-gpu bench-programs bench-precision bench-composition clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,11 +31,14 @@ $(BENCH): $(INSTALLED)
 demo: $(INSTALLED)  ## train a small GPT
 	$(RUN) examples/train_gpt.py
 
-test: $(INSTALLED)  ## the fast tests and the doctests
-	$(RUN) -m pytest
+demo-vision: $(INSTALLED)  ## train a vision transformer and a GPT together, to read and add handwritten digits
+	$(RUN) examples/vision_language.py
+
+test: $(INSTALLED)  ## the fast tests and the doctests, by two workers
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-all: $(INSTALLED)  ## the slow tests too
-	$(RUN) -m pytest -m ''
+	$(RUN) -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(INSTALLED)  ## ruff and mypy; changes nothing
 	$(RUN) -m ruff check .
@@ -61,6 +64,12 @@ bench-precision: $(INSTALLED)  ## every policy: does it train like fp32, what th
 	$(RUN) benchmarks/state_bytes.py
 	$(RUN) benchmarks/published.py
 	$(RUN) benchmarks/parity.py
+
+notebooks: $(INSTALLED)  ## execute the notebooks in place, so that they are stored with what they show
+	$(RUN) examples/notebooks/execute.py
+
+bench-composition: $(INSTALLED)  ## what composition costs, and what adapters on a frozen base hold
+	$(RUN) benchmarks/composition.py
 
 clean:  ## remove what runs leave behind, except .venv
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
