@@ -2,10 +2,20 @@
 
 from fzero import tree as tree
 from fzero.accumulate import accumulate as accumulate
+from fzero.algebra import add as add
+from fzero.algebra import dot as dot
+from fzero.algebra import norm as norm
+from fzero.algebra import scale as scale
+from fzero.attention import AttentionKernel as AttentionKernel
+from fzero.attention import attention as attention
 from fzero.autodiff import call as call
 from fzero.autodiff import grad as grad
 from fzero.autodiff import value_and_grad as value_and_grad
 from fzero.autodiff import vjp as vjp
+from fzero.buffers import average as average
+from fzero.directions import like as like
+from fzero.directions import random_like as random_like
+from fzero.directions import zeros_like as zeros_like
 from fzero.errors import BatchError as BatchError
 from fzero.errors import BufferWriteError as BufferWriteError
 from fzero.errors import CotangentError as CotangentError
@@ -13,10 +23,13 @@ from fzero.errors import DonatedError as DonatedError
 from fzero.errors import FzeroError as FzeroError
 from fzero.errors import LayoutError as LayoutError
 from fzero.errors import MeshError as MeshError
+from fzero.errors import ModuleError as ModuleError
 from fzero.errors import PeerError as PeerError
 from fzero.errors import PolicyError as PolicyError
 from fzero.errors import ProgramMismatchError as ProgramMismatchError
 from fzero.errors import RandomOpError as RandomOpError
+from fzero.errors import ResidualsError as ResidualsError
+from fzero.errors import ShapeError as ShapeError
 from fzero.errors import TraceError as TraceError
 from fzero.errors import TreeError as TreeError
 from fzero.functional import functional as functional
@@ -49,10 +62,15 @@ from fzero.program import Program as Program
 from fzero.program import jit as jit
 from fzero.program import trace as trace
 from fzero.remat import remat as remat
+from fzero.residuals import Residuals as Residuals
+from fzero.residuals import SavedResiduals as SavedResiduals
 from fzero.scaling import LossScale as LossScale
+from fzero.split import residuals as residuals
+from fzero.split import split_vjp as split_vjp
 from fzero.state import State as State
 from fzero.state import apply_gradients as apply_gradients
 from fzero.state import init as init
 from fzero.state import train_step as train_step
+from fzero.visualize import visualize as visualize
 
 __version__ = "0.1.0"

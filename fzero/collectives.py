@@ -7,7 +7,8 @@ Each is a linear function of the ranks' tensors taken together, and each is the 
     all_reduce      =  all_gather ∘ reduce_scatter, its own transpose
 
 so they are differentiable to any order, in forward mode too, and under vmap. A gradient that passes
-through one is the gradient of the **sum** over ranks; means are taken where gradients are made.
+through one is the gradient of the **sum** over ranks; means are taken where gradients are made. The exception is
+`total`, whose result is one number that the ranks share, and so is its cotangent.
 
 All act on dimension 0 and split it evenly. Along an axis of one rank each is the identity.
 
@@ -83,6 +84,14 @@ def all_reduce(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | None = 
     return (whole if whole.numel() == flat.numel() else whole[: flat.numel()]).reshape(x.shape)
 
 
+def total(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    """Return the sum over ranks as one value that they share: each rank's part has the value's own cotangent.
+
+    Through `all_reduce` it would have the sum of the ranks' cotangents: N times as much.
+    """
+    return x if mesh.size(axis) == 1 else _Total.apply(x, mesh, axis)
+
+
 def pad(flat: Tensor, length: int) -> Tensor:
     """Return a 1-D tensor with zeros at its end up to `length`; itself where it has that length."""
     missing = length - flat.shape[0]
@@ -121,6 +130,20 @@ def _(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0] // parts, *x.shape[1:]), dtype=dtype)
 
 
+# Under vmap the members of a batch stand in front, in memory too: what a step returns has the strides of what it took,
+# and is not traced again for others. A collective splits the first dimension over ranks, so they change places.
+
+
+def _ranks_first(x: Tensor, ranks: int) -> Tensor:
+    """Return `(K, N·n, ...)` as `(N·K, n, ...)`."""
+    return x.unflatten(1, (ranks, x.shape[1] // ranks)).transpose(0, 1).flatten(0, 1)
+
+
+def _members_first(x: Tensor, ranks: int) -> Tensor:
+    """Return `(N·K, n, ...)` as `(K, N·n, ...)`."""
+    return x.unflatten(0, (ranks, x.shape[0] // ranks)).transpose(0, 1).flatten(1, 2)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
@@ -141,7 +164,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
-        return all_gather(x.movedim(in_dims[0], -1), mesh, axis), x.ndim - 1
+        return _members_first(all_gather(x.movedim(in_dims[0], 0), mesh, axis), mesh.size(axis)), 0
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -174,7 +197,7 @@ class _ReduceScatter(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int, None, None, None], x: Tensor, mesh: Mesh, axis: str, dtype: torch.dtype
     ) -> tuple[Tensor, int]:
-        return reduce_scatter(x.movedim(in_dims[0], -1), mesh, axis, dtype=dtype), x.ndim - 1
+        return reduce_scatter(_ranks_first(x.movedim(in_dims[0], 0), mesh.size(axis)), mesh, axis, dtype=dtype), 0
 
 
 class _AllToAll(torch.autograd.Function):
@@ -199,4 +222,51 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
-        return all_to_all(x.movedim(in_dims[0], -1), mesh, axis), x.ndim - 1
+        sent = _ranks_first(x.movedim(in_dims[0], 0), mesh.size(axis))
+        return _members_first(all_to_all(sent, mesh, axis), mesh.size(axis)), 0
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+        return all_reduce(x, mesh, axis)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.mesh, ctx.axis = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(cotangent, ctx.mesh, ctx.axis), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return total(tangent, ctx.mesh, ctx.axis)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+        return total(x, mesh, axis), in_dims[0]
+
+
+class _Spread(torch.autograd.Function):
+    """A value that ranks share, as the part of each: the transpose of `_Total`, and it is that of this."""
+
+    @staticmethod
+    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.mesh, ctx.axis = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return _Total.apply(cotangent, ctx.mesh, ctx.axis), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+        return _Spread.apply(x, mesh, axis), in_dims[0]

@@ -8,7 +8,7 @@ above tracing, so an eager call, its trace and a recomputation draw the same num
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,11 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class drawing_from(TorchDispatchMode):  # noqa: N801 - used as a context manager, `with drawing_from(key):`
-    """While active, answers random operations with draws from `key`, counting from `count`."""
+    """While active, answers random operations with draws from `key`, counting from `count`.
+
+    A key that `vmap` batches is one for each member of the batch. `vmap` then wants `randomness="different"`, and hands
+    over the draws of all members as one operation, whose first dimension they are: each is drawn from its own key.
+    """
 
     def __init__(self, key: Tensor, count: int = 0):
         super().__init__()
@@ -63,15 +67,44 @@ class drawing_from(TorchDispatchMode):  # noqa: N801 - used as a context manager
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draw = _DRAWS.get(func)
         if draw is not None:
-            keys = fold(fold(self.key, self.count), torch.arange(2, dtype=torch.int32, device=self.key.device))
+            words = torch.arange(2, dtype=torch.int32, device=self.key.device)
+            keys = fold(fold(self.key, self.count)[..., None], words)
             self.count += 1
-            return draw(keys, *args, **(kwargs or {}))
+            return _drawn(func, draw, keys, args, kwargs or {})
         if draws(func, args, kwargs or {}):
             raise RandomOpError(
                 f"fz.keyed: {func} cannot be drawn from a key. Keyed are dropout, bernoulli, uniform, normal, "
                 f"rand, randn, randint, exponential and randperm. Draw the rest outside and pass it in as an argument."
             )
         return func(*args, **(kwargs or {}))
+
+
+def _drawn(func: Any, draw: Callable[..., Any], keys: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Draw from the key words (2,), or member by member from those of each (n, ..., 2)."""
+    if keys.ndim == 1:
+        return draw(keys, *args, **kwargs)
+    members = [
+        _drawn(func, draw, of_member, [_member(x, i, len(keys), func) for x in args], kwargs)
+        for i, of_member in enumerate(keys.unbind())
+    ]
+    if func._schema.is_mutable:  # they were written into views
+        return args[0]
+    return (
+        tuple(map(torch.stack, zip(*members, strict=True))) if isinstance(members[0], tuple) else torch.stack(members)
+    )
+
+
+def _member(argument: Any, index: int, count: int, func: Any) -> Any:
+    """Return what a member of a batch sees of an argument whose first dimension are the members."""
+    shape = argument.shape if isinstance(argument, Tensor) else argument
+    if not isinstance(shape, Sequence) or (isinstance(argument, Tensor) and argument.ndim == 0):
+        return argument
+    if not len(shape) or shape[0] != count:
+        raise RandomOpError(
+            f"fz.keyed: the key has {count} members, batched by vmap, and {func} draws for {tuple(shape)}: one draw "
+            f"for all of them. Pass randomness='different' to vmap."
+        )
+    return argument[index] if isinstance(argument, Tensor) else argument[1:]
 
 
 def current_draw() -> tuple[Tensor, int] | None:

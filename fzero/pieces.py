@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fzero._torch import is_functorch_wrapped
 from fzero.collectives import all_gather, all_reduce, pad, reduce_scatter
+from fzero.errors import LayoutError
 from fzero.mesh import Mesh
 
 # Leaves smaller than this many elements a rank are not worth a collective's latency.
@@ -62,6 +65,11 @@ class Spec:
 
 def join(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     """Make a leaf whole from the ranks' pieces. Differentiable; may alias `piece` where nothing moves."""
+    if piece.ndim != 1:
+        raise LayoutError(
+            f"fz: expected a piece of one dimension of a leaf of shape {spec.shape}, got one of shape "
+            f"{tuple(piece.shape)}. Stacked trees are for torch.func.vmap, such as vmap(fz.gather)(stacked)."
+        )
     leaf = join_block(piece, spec, mesh).reshape(spec.block_shape(mesh))
     for dim, axis in enumerate(spec.split):
         if axis is not None:
@@ -75,7 +83,10 @@ def join_block(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     for axis in reversed(spec.cut):  # the last axis varies fastest, so its pieces are neighbours
         flat = all_gather(flat, mesh, axis)
     numel = spec.block_numel(mesh)
-    return flat if flat.shape[0] == numel else flat[:numel]
+    if flat.shape[0] == numel:
+        return flat
+    # What vmap batches would keep strides that skip the padding: those of no state that was stacked.
+    return flat[:numel].clone() if is_functorch_wrapped(flat) else flat[:numel]
 
 
 def piece_of(leaf: Tensor, spec: Spec, mesh: Mesh, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -90,7 +101,7 @@ def block_of(leaf: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     """Return this rank's block of a whole leaf, flattened. May alias it."""
     for dim, axis in enumerate(spec.split):
         if axis is not None and mesh.size(axis) > 1:
-            leaf = leaf.unflatten(dim, (mesh.size(axis), -1)).index_select(dim, mesh.index_tensor(axis)).squeeze(dim)
+            leaf = _own_row(leaf.unflatten(dim, (mesh.size(axis), -1)), dim, mesh.index_tensor(axis))
     return leaf.reshape(-1)
 
 
@@ -100,8 +111,47 @@ def own_piece(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     if ranks == 1:
         return flat
     numel = spec.piece_numel(mesh)
-    # A row picked by an index tensor, not a slice: a trace must be the same on every rank.
-    return pad(flat, ranks * numel).view(ranks, numel).index_select(0, mesh.index_tensor(spec.cut)).squeeze(0)
+    return _own_row(pad(flat, ranks * numel).view(ranks, numel), 0, mesh.index_tensor(spec.cut))
+
+
+def _own_row(rows: Tensor, dim: int, index: Tensor) -> Tensor:
+    # Picked by an index tensor, not a slice: a trace must be the same on every rank. An index of no dimensions would
+    # pick, under vmap, the row once for each row.
+    return rows.index_select(dim, index.reshape(1)).squeeze(dim)
+
+
+def placed_as(wanted: Spec, piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Return a piece of a leaf that is cut by `spec` as the piece of another placement. One of the two has it whole.
+
+    In reverse mode the cotangent is placed back: it is that of one leaf too, and not, as through `join_block`, the sum
+    of what every rank makes of a leaf of its own.
+    """
+    return piece if spec.cut == wanted.cut else _PlacedAs.apply(piece, spec, wanted, mesh)
+
+
+class _PlacedAs(torch.autograd.Function):
+    @staticmethod
+    def forward(piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh) -> Tensor:
+        placed = own_piece(piece, wanted, mesh) if wanted.cut else join_block(piece, spec, mesh)
+        return placed.view_as(placed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.spec, ctx.wanted, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
+        return placed_as(ctx.spec, cotangent, ctx.wanted, ctx.mesh), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return placed_as(ctx.wanted, tangent, ctx.spec, ctx.mesh)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None, None], piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh
+    ) -> tuple[Tensor, int]:
+        return torch.func.vmap(lambda x: placed_as(wanted, x, spec, mesh), in_dims[0])(piece), 0
 
 
 def reduce_leaf(leaf: Tensor, spec: Spec, mesh: Mesh, *, axes: tuple[str, ...], dtype: torch.dtype) -> Tensor:
