@@ -206,7 +206,8 @@ def test_aux_is_not_differentiated() -> None:
     forward, backward = fz.split_vjp(lambda w: (w.square(), {"size": w.norm(), "name": "w"}), has_aux=True)
     w = torch.tensor([3.0, 4.0])
     out, residuals, aux = forward(w)
-    assert_same_bits((out, aux["size"]), (w.square(), w.norm())) and aux["name"] == "w"
+    assert_same_bits((out, aux["size"]), (w.square(), w.norm()))
+    assert aux["name"] == "w"
     assert_same_bits(backward(residuals, torch.ones(2)), (2 * w,))
 
 
