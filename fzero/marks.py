@@ -3,6 +3,7 @@
 While a function is traced, every node of the graph keeps the marks that stood around the operation that made it:
 
     leaf     path of the parameter that is gathered or reduced here
+    tree     what tells its tree from others: another model may have the same paths
     role     "gather": pieces into a leaf the function sees; "reduce": a gradient into its piece
     again    with "gather": whether it may be repeated for the backward, as ZeRO-3 does
     axis     mesh axis of a collective

@@ -179,13 +179,14 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
     placement = params.placement.cut_over(params.layout.gradient_cut)
     pieces: list[Tensor | None] = []
     taken: set[int] = set()
+    of = hash(params.placement)
     for path, leaf, spec in zip(params.paths, leaves, placement.specs, strict=True):
         if leaf is None:
             pieces.append(None)
             continue
         policy = params.placement.policy_of(path)
         dtype = leaf.dtype if policy is None else policy.reduce
-        with mark(role="reduce", leaf=path):
+        with mark(role="reduce", leaf=path, tree=of):
             piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
         # Autograd gives two leaves one tensor where their gradients are equal, and pieces may be donated.
         shared = not is_functorch_wrapped(piece) and storage_id(piece) in taken
@@ -204,12 +205,12 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
 def gathered(primal: Primal) -> list[Tensor]:
     """Return the full leaves of a primal, in its policy's compute dtype. Differentiable in the pieces."""
     params, full = primal.params, []
-    again = params.layout.stage == 3
+    again, of = params.layout.stage == 3, hash(params.placement)
     check_not_simulated(params, "fz")
     for path, piece, spec in zip(params.paths, params.pieces, params.placement.specs, strict=True):
         if piece is None:
             raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
-        with mark(role="gather", leaf=path, again=again):
+        with mark(role="gather", leaf=path, again=again, tree=of):
             policy = params.placement.policy_of(path)
             if policy is not None and piece.is_floating_point() and params.factor is None:
                 piece = piece.to(policy.compute)

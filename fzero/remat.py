@@ -93,7 +93,8 @@ class _Remat(torch.autograd.Function):
         # A pullback runs after its transform has ended, and torch can use a tensor that one such transform
         # wraps, not one wrapped twice: that comes of a nested recomputation, and of a second derivative.
         tensors = [unwrap_if_dead(tensor) for tensor in ctx.saved_tensors]
-        where = [i for i, tensor in enumerate(tensors) if is_float(tensor)]
+        # The first of `needs_input_grad` is of `run`. What is frozen, and what nothing upstream needs, costs nothing.
+        where = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed and is_float(tensors[i])]
 
         def on_floats(*floats: Tensor) -> tuple[Tensor, ...]:
             return tuple(x for x in ctx.run(*_filled(tensors, where, floats)) if is_float(x))

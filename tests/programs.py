@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 import fzero as fz
 from fzero.marks import marks_of
-from fzero.program.jit import Jitted, _on_device
+from fzero.program.jit import Jitted
 from fzero.program.options import Options
 from fzero.program.pipeline import PASSES, applied
+from fzero.program.signature import examples_of
 from fzero.program.trace import Trace, trace_flat
 from fzero.program.values import Values
 from fzero.program.wire import GATHERS
@@ -89,7 +90,7 @@ def simulated(ranks: int) -> fz.Mesh:
 def raw(step: Jitted, *args: Any) -> Trace:
     """What a step is before any pass."""
     signature, leaves = step._open(args, {})
-    examples = _on_device(leaves, _on(args))
+    examples = examples_of(leaves, _on(args))
     return trace_flat(step.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
 
 

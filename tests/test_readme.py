@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import composition
 import lowering
 import parity
 import published
@@ -54,6 +55,15 @@ def test_the_tables_of_low_precision_training_are_the_measured_ones(part):
     record = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text())
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"<!-- parity {part} -->\n{parity.tables(record)[part]}\n<!-- /parity {part} -->" in text
+
+
+def test_the_tables_of_composition_are_the_measured_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "composition-cpu.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- composition -->\n{composition.markdown(record)}\n<!-- /composition -->" in text
+    assert f"<!-- composition lora -->\n{composition.lora_markdown(record)}\n<!-- /composition lora -->" in text
+    peaks = record["rows"]["two models"]["peak"]
+    assert peaks[0] == pytest.approx(peaks[1], rel=1e-4), "two states have two step counters and two seeds"
 
 
 @pytest.mark.parametrize("part", ["passes", "layouts", "worlds", "depths", "runs"])

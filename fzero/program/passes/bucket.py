@@ -9,8 +9,10 @@ their paths, or of one module) that go the same way over the same axis in the sa
 
         grads   (N·a), (N·b), …  ──cat──▶ (N, a+b+…) ──all-to-all──▶ (N, a+b+…) ──sum──▶ (a+b+…) ──split──▶ (a), (b), …
 
-No bucket carries more than `bucket` bytes. A member never joins a bucket whose result it needs, through other buckets
-too. On NCCL the order of a sum may depend on what it is packed with: that is the one last bit a pass may move.
+Leaves of two trees stay apart, whatever their names, and so do two gradients of one leaf: a block of another model, or
+of another pullback, runs at another time. No bucket carries more than `bucket` bytes. A member never joins a bucket
+whose result it needs, through other buckets too. On NCCL the order of a sum may depend on what it is packed with: that
+is the one last bit a pass may move.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def _collected(
         if key is not None:
             size, all_needed = _wire_bytes(node), _closure(bits, buckets)
             found = open_.get(key)
-            if found is None or found.size + size > limit or all_needed >> found.number & 1:
+            full = found is None or found.size + size > limit or _is_there(node, found)
+            if found is None or full or all_needed >> found.number & 1:
                 found = open_[key] = _Bucket(key, len(buckets))
                 buckets.append(found)
             found.members.append(node)
@@ -91,6 +94,11 @@ def _collected(
             bits |= 1 << found.number
         needs[node] = bits
     return buckets
+
+
+def _is_there(node: fx.Node, found: _Bucket) -> bool:
+    """Whether a bucket holds a leaf already: this is then one of another pullback, or of a tree of the same names."""
+    return any(marks_of(member)["leaf"] == marks_of(node)["leaf"] for member in found.members)
 
 
 def _closure(bits: int, buckets: list[_Bucket]) -> int:
@@ -108,7 +116,8 @@ def _key(node: fx.Node) -> tuple[Any, ...] | None:
     if node.target not in _MERGE or not (block := _block(node)):
         return None
     value, marks = node.args[0].meta["val"], marks_of(node)  # type: ignore[union-attr]
-    key = (node.target, value.dtype, node.args[1:], block, marks.get("role"), marks.get("phase"), marks.get("repeated"))
+    kind = [marks.get(name) for name in ("tree", "role", "phase", "repeated")]
+    key = (node.target, value.dtype, node.args[1:], block, *kind)
     if node.target is _EXCHANGE:
         total = _sum_of(node)
         if value.ndim != 1 or total is None or nbytes(value) > _PACKED:
