@@ -168,6 +168,7 @@ def split_vjp(
     Source: You Only Linearize Once, Radul et al. 2022, arXiv 2204.10923; JAX's `linearize`.
 
     Example:
+        >>> import torch
         >>> forward, backward = split_vjp(lambda w, x: torch.tanh(w * x))
         >>> output, residuals = forward(torch.tensor([0.0, 1.0]), torch.tensor(2.0))
         >>> residuals
@@ -192,6 +193,7 @@ def residuals(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., 
         are held by reference. It works on states of a simulated mesh too.
 
     Example:
+        >>> import torch
         >>> listing = residuals(lambda w, x: torch.tanh(w * x))(torch.zeros(2), torch.tensor(2.0))
         >>> [(saved.source, saved.nbytes) for saved in listing]
         [('argument 0', 8), ('argument 1', 4), ('tanh', 8)]

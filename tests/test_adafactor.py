@@ -160,7 +160,7 @@ def trained(policy: str, stage: int) -> dict[str, Any]:
     return gathered(state)
 
 
-@pytest.mark.parametrize("policy", ["fp32", "bf16", "bf16-exact"])
+@pytest.mark.parametrize("policy", ["bf16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "bf16-exact"))])
 def test_worlds_of_any_size_agree_bit_for_bit(policy: str) -> None:
     for stage in (1, 3):
         (alone,) = world.run(trained, policy, stage, size=1)

@@ -11,7 +11,16 @@ from fzero import errors
 
 CLASSES = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls)}
 
-WRONG_ARGUMENT = {"MeshError", "LayoutError", "PolicyError", "TreeError", "BatchError", "CotangentError"}
+WRONG_ARGUMENT = {
+    "MeshError",
+    "LayoutError",
+    "PolicyError",
+    "TreeError",
+    "BatchError",
+    "CotangentError",
+    "ResidualsError",
+    "ShapeError",
+}
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -132,6 +132,7 @@ def test_short_pieces_take_a_program_that_is_there(
     assert called == lengths[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [{"cpp.no_such_setting": True}, {"cpp.march": "native -fno-such-flag"}], ids=str)
 def test_settings_that_are_refused_are_left_out(
     refused: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

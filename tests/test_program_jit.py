@@ -59,10 +59,18 @@ def traced_and_eager(stages: tuple[int, ...], policy: str, dropout: float, micro
         assert len(step.programs) == 1
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("size", "stages"), [(1, (3, 0)), (2, (0, 1, 3))])
+# Of two ranks these are fast, each factor at each of its values.
+QUICK = (("fp32", 0.3, 1), ("mixed", 0.0, 2), ("bf16", 0.3, 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "stages", "policy", "dropout", "microbatches"),
+    [
+        pytest.param(size, stages, *case, marks=() if size == 1 or case in QUICK else pytest.mark.slow)
+        for size, stages in [(1, (3, 0)), (2, (0, 1, 3))]
+        for case in itertools.product(POLICIES, (0.0, 0.3), (1, 2))
+    ],
+)
 def test_traced_steps_have_the_bits_of_eager_ones(
     size: int, stages: tuple[int, ...], policy: str, dropout: float, microbatches: int
 ) -> None:

@@ -71,7 +71,7 @@ def traced_and_eager(cases: Sequence[Case]) -> None:
         assert len(step.programs) == 1
 
 
-@pytest.mark.parametrize("size", FACTORS["size"])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_traced_step_has_the_bits_of_the_eager_one(size: int) -> None:
     cases = [case for case in thinned(product()) if case["size"] == size]
     world.run(traced_and_eager, cases, size=size, deadline=200.0)
@@ -111,7 +111,14 @@ def off_and_on(stage: int, policy: str, microbatches: int) -> None:
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize(("stage", "policy", "microbatches"), [(3, "bf16", 1), (3, "mixed", 2), (1, "bf16", 2)])
+@pytest.mark.parametrize(
+    ("stage", "policy", "microbatches"),
+    [
+        (3, "bf16", 1),
+        pytest.param(3, "mixed", 2, marks=pytest.mark.slow),
+        pytest.param(1, "bf16", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_option_off_equals_all_on(stage: int, policy: str, microbatches: int) -> None:
     world.run(off_and_on, stage, policy, microbatches, size=2)
 

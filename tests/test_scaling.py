@@ -158,7 +158,7 @@ def overflowing(policy: str, stage: int, jitted: bool) -> Any:
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @every_policy
 def test_an_overflow_on_one_rank_is_skipped_by_all(policy: str, stage: int, jitted: bool) -> None:
     expected = {"same": True, "scale": 2.0**14, "finite": False, "moved": True, "recovered": True, "step": 2}

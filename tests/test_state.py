@@ -113,8 +113,17 @@ def test_microbatches_are_the_mean(size):
     check_against_reference(results, data, **ADAMW)
 
 
-@pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "policy"),
+    [
+        (2, "mixed"),
+        (4, "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, "fp32"), (2, "bf16"), (4, "fp32"), (4, "mixed")]
+        ),
+    ],
+)
 def test_every_layout_gives_the_same_bits(size, policy):
     data = batches(size, 5)
     results = [world.run(train, fz.zero(stage), {}, data, size=size, policy=policy, **ADAMW)[0][0] for stage in STAGES]

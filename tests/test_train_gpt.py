@@ -39,6 +39,7 @@ def test_the_held_out_loss_falls_and_is_drawn(rhyme, capsys):
     assert "class " in output, "no sample"
 
 
+@pytest.mark.slow
 def test_all_ranks_agree_and_every_layout_gives_the_same_losses(rhyme):
     options = ("--steps", "6", "--microbatches", "2", "--dropout", "0.1")
     first, *others = (run for stage in "0123" for run in world.run(losses, rhyme, *options, "--zero", stage, size=2))

@@ -136,6 +136,7 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
         ProgramMismatchError: from the call, on every rank, if ranks hold different programs.
 
     Example:
+        >>> import torch
         >>> double = jit(lambda x: {"y": 2 * x})
         >>> double(torch.tensor([1.0, 2.0]))
         {'y': tensor([2., 4.])}
@@ -164,6 +165,7 @@ def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
         **jit_options: those of `jit`.
 
     Example:
+        >>> import torch
         >>> program = trace(lambda x: x + 1)(torch.zeros(3))
         >>> program
         Program(<lambda>: 1 inputs, 1 operations; first call)
