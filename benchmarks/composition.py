@@ -1,6 +1,6 @@
 """What composition costs: nothing, or nearly.
 
-    python benchmarks/composition.py [--repeats 41] [--ranks 8]
+    python benchmarks/composition.py [--repeats 21] [--ranks 8]
 
 An encoder of images and a decoder that reads their embeddings, two states with two optimizers, are trained in one step
 by `vjp` and a cotangent that is handed over. Beside it stands the same computation written as one model with one state.
@@ -292,7 +292,7 @@ def lora_markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--ranks", type=int, default=8, help="of the simulated world of peaks and traffic")
     parser.add_argument("--width", type=int, default=Setting.width)
     parser.add_argument("--policy", default=Setting.policy)

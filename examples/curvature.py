@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import GPT, PRESETS
 from text import Text, standard_library
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fzero as fz
 
@@ -82,7 +82,7 @@ def lanczos(product: Product, start: fz.Sharded, steps: int) -> tuple[Tensor, Te
             rest = fz.add(rest, direction, -fz.dot(direction, rest))
         betas.append(fz.norm(rest))
         basis.append(fz.scale(rest, 1 / betas[-1]))
-    off = torch.stack(betas[:-1]) if steps > 1 else torch.zeros(0)
+    off = torch.stack(betas[:-1]) if steps > 1 else torch.zeros(0, device=alphas[0].device)
     matrix = torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix.double().cpu())
     return values, vectors[0].square()
@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     text = Text.read(standard_library())
 
     def loss(params: Any, rows: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            logits = apply(params, rows[:, :-1])
+        logits = apply(params, rows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
     step, product = fz.train_step(loss), hessian_product(loss)
@@ -123,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             found.append(values[-1].item())
         rows = text.batch(args.batch, args.sequence + 1, seed=0, step=number, rank=rank).to(mesh.device)
         state, _ = step(state, rows)
+    if dist.is_initialized() and argv is None:
+        dist.destroy_process_group()
     return found
 
 

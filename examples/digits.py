@@ -41,7 +41,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Composed pictures: images (count, 12, 32), and their captions as tokens (count, 10)."""
+    """Composed pictures: images (count, 12, 36), and their captions as tokens (count, 10)."""
 
     images: Tensor
     tokens: Tensor

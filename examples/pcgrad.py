@@ -8,8 +8,9 @@ from each its projection on the other, and adds what is left. Here that happens 
 
     losses ──pullback, once for each──▶ g₁, g₂ ──dot, add──▶ g₁ − min(0, g₁·g₂) / |g₂|² g₂  +  the same of g₂
 
-`fz.dot` is one number that all ranks share; the rest happens on each rank's pieces. What to look for is that no step
-goes against a task any more. Whether the tasks end better for it is another question: these two do not.
+`fz.dot` is one number that all ranks share; the rest happens on each rank's pieces. What to look for is that no
+gradient that is applied goes against a task any more. Whether the tasks end better for it is another question: these
+two do not.
 
 Source: PCGrad, Yu et al. 2020, arXiv 2001.06782. There the others come in random order; for two there is one order.
 """
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         if mesh.index("data") == 0:
             print(
                 f"{name:7} reads {result['read right']:.1%} right, is off by {result['ink off by']:.1f} per mille of "
-                f"ink; of {args.steps} steps {result['conflicts']} have gradients that conflict, and "
-                f"{result['harmful']} go against one of them"
+                f"ink; of {args.steps} steps {result['conflicts']} have gradients that conflict, and the sum goes "
+                f"against one of them in {result['harmful']}"
             )
     return found
 

@@ -205,6 +205,10 @@ def value_and_grad(
     Returns:
         `g(*args, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
 
+    Raises:
+        TypeError: from the call: `f` does not return one floating-point number, or `argnums` names no argument, or one
+            twice.
+
     Example:
         >>> value_and_grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
         (tensor(5.), tensor([2., 4.]))

@@ -154,9 +154,10 @@ _made: WeakKeyDictionary[Any, WeakValueDictionary[Any, DeviceMesh]] = WeakKeyDic
 
 def _arrived(axes: tuple[tuple[str, int], ...], device: torch.device, simulated: bool) -> Mesh:
     """Return a mesh that was pickled, of the processes that are here; one to look at where they are not as many."""
-    here = dist.get_world_size() if dist.is_initialized() else 1
-    elsewhere = math.prod(size for _, size in axes) != here
-    return make_mesh(device, simulate=simulated or elsewhere, **dict(axes))
+    size = math.prod(n for _, n in axes)
+    if not dist.is_initialized():  # reading a file starts no process group
+        return Mesh(axes, device, simulated or size > 1)
+    return make_mesh(device, simulate=simulated or size != dist.get_world_size(), **dict(axes))
 
 
 def _start(device: str | torch.device | None, deadline: float | None) -> torch.device:

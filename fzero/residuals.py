@@ -23,12 +23,14 @@ class Residuals:
     Attributes:
         pieces: tensors of sharded primals that the backward reads, by reference: nothing is copied.
         saved: all else that it reads. An argument or output of the forward stands here as it is.
-        signature: the forward's arguments without their tensors, by which the backward is known.
+        signature: the forward's arguments without their tensors, by which the backward is found.
+        program: a hash of the backward: residuals of another function are refused.
     """
 
     pieces: tuple[Tensor, ...]
     saved: tuple[Tensor, ...]
     signature: Signature = field(repr=False)
+    program: str = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -49,9 +51,12 @@ class Residuals:
 
 tree.register(
     Residuals,
-    lambda r: ((r.pieces, r.saved), r.signature, ("pieces", "saved")),
-    lambda signature, children: Residuals(children[0], children[1], signature),
+    lambda r: ((r.pieces, r.saved), (r.signature, r.program), ("pieces", "saved")),
+    lambda static, children: Residuals(children[0], children[1], *static),
 )
+
+
+_UNCHANGED = "Pass what the forward of this function returned."
 
 
 class SavedResiduals(tuple[Saved, ...]):
@@ -69,8 +74,13 @@ class SavedResiduals(tuple[Saved, ...]):
         return "\n".join([*lines, f"{self.nbytes:,} bytes in {len(self)} tensors"])
 
 
-def check_held(held: Sequence[Tensor], halves: Halves) -> None:
-    """Raise if residuals are not what the backward was traced for; a donated tensor among them raises too."""
+def check_held(held: Sequence[Tensor], halves: Halves) -> list[Tensor]:
+    """Return the tensors of residuals as the backward was traced for them.
+
+    Raises:
+        ResidualsError: they are others.
+        DonatedError: the memory of one was donated.
+    """
     inputs = halves.backward.module.graph.find_nodes(op="placeholder")
     expected = [node.meta["val"] for node in inputs][: len(halves.references) + len(halves.sources)]
     names = [
@@ -79,15 +89,24 @@ def check_held(held: Sequence[Tensor], halves: Halves) -> None:
     ]
     if len(held) != len(expected):
         raise ResidualsError(
-            f"fz.split_vjp: backward expected residuals of {len(expected)} tensors, and got {len(held)}. Pass what the "
-            f"forward of this function returned."
+            f"fz.split_vjp: backward expected residuals of {len(expected)} tensors, and got {len(held)}. {_UNCHANGED}"
         )
     for name, x, like in zip(names, held, expected, strict=True):
         if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+            moved = (x.shape, x.dtype) == (like.shape, like.dtype)
+            way_out = f"Move residuals back before: residuals.to({str(like.device)!r})." if moved else _UNCHANGED
             raise ResidualsError(
                 f"fz.split_vjp: backward expected {name} as {tree.describe(like)} on {like.device}, and got "
-                f"{tree.describe(x)} on {x.device}. Move residuals back before: residuals.to({str(like.device)!r})."
+                f"{tree.describe(x)} on {x.device}. {way_out}"
             )
+
+    # Views are made again of what is saved: they need the strides of the trace, which a copy to elsewhere may lose.
+    return [
+        x
+        if x.stride() == like.stride() or 0 in like.stride()
+        else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        for x, like in zip(held, expected, strict=True)
+    ]
 
 
 def _type(saved: Saved) -> str:

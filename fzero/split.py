@@ -21,10 +21,10 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import FakeTensor, disable_proxy_modes_tracing, get_proxy_mode, is_functorch_wrapped
 from fzero.autodiff import abstract, check_cotangent, refuse_dynamo, vjp
-from fzero.errors import MeshError, TraceError
+from fzero.errors import MeshError, ResidualsError, TraceError
 from fzero.peers import together
 from fzero.primal import Opened, Primal, Reduce, is_float
-from fzero.program.announce import announce
+from fzero.program.announce import announce, fingerprint
 from fzero.program.inline import inline
 from fzero.program.kinds import kinds_in
 from fzero.program.lowering import lowered
@@ -47,6 +47,7 @@ class _Joint:
 
     halves: Halves
     output: Any  # a tree like the output, of tensors without memory
+    fingerprint: str  # of the backward
     programs: dict[str, Program] = field(default_factory=dict)
 
 
@@ -69,6 +70,7 @@ class _Split:
             tuple(tensors[i] for i in halves.references),
             tuple(found[source.kind][source.index] for source in halves.sources),
             signature,
+            joint.fingerprint,
         )
         return (output, residuals, aux) if self.has_aux else (output, residuals)
 
@@ -81,8 +83,12 @@ class _Split:
             )
         joint = self.joint(residuals.signature)
         halves = joint.halves
-        held = [*residuals.pieces, *residuals.saved]
-        check_held(held, halves)
+        if residuals.program != joint.fingerprint:
+            raise ResidualsError(
+                f"fz.split_vjp: backward got the residuals of another function than {self.name}, or of another version "
+                f"of it. Pass what its own forward returned."
+            )
+        held = check_held([*residuals.pieces, *residuals.saved], halves)
         cotangents = [c.contiguous() for c in check_cotangent(joint.output, cotangent)]
         _check_plain((*held, *cotangents))
         return self._run("backward", joint, residuals.signature, halves.backward, [*held, *cotangents])
@@ -101,7 +107,8 @@ class _Split:
     def joint(self, signature: Signature, tensors: Sequence[Tensor] | None = None) -> _Joint:
         """Return the two traces for arguments of a signature, made at its first call."""
         if signature.key not in self._joints:
-            with disable_proxy_modes_tracing(), together(f"fz.split_vjp: {self.name}"), collector_paused():
+            call = f"fz.split_vjp: {self.name}"
+            with disable_proxy_modes_tracing(), together(call), collector_paused(), signature.surroundings():
                 examples = signature.examples() if tensors is None else tensors
                 self._joints[signature.key] = self._trace(signature, examples)
         return self._joints[signature.key]
@@ -120,7 +127,8 @@ class _Split:
         trace = trace_flat(joint, examples_of(tensors, signature.simulated_on), signature.hollow, paths=signature.paths)
         _check_closed(trace, self.name)
         trace = trace.replace(kinds=kinds_in(signature.hollow.fill(tensors)))
-        return _Joint(partition(trace, _by_reference(signature)), tree.map(abstract, outputs[0]))
+        halves = partition(trace, _by_reference(signature))
+        return _Joint(halves, tree.map(abstract, outputs[0]), fingerprint(halves.backward))
 
     def _run(self, half: str, joint: _Joint, signature: Signature, trace: Trace, inputs: list[Tensor]) -> Any:
         if get_proxy_mode() is not None:
@@ -157,12 +165,15 @@ def split_vjp(
         `backward(residuals, cotangent) -> gradients`, a tuple as a pullback of `fz.vjp` returns, with the same bits.
         `residuals` is a `Residuals`, a pytree: `residuals.saved` is what was kept, `residuals.pieces` the stored
         pieces of sharded primals by reference. The backward takes residuals of any forward of this function, as often
-        as wanted, and of the same function in another process of the same world. Both work under `fz.jit`.
+        as wanted, and of the same function in another process of the same world. Both work under `fz.jit`. As there,
+        Python values that `f` reads are constants of its trace: pass as a tensor what changes.
 
     Raises:
         CotangentError: from `backward`, for a cotangent that does not match the output.
         DonatedError: from `backward`, once the memory of a primal was donated.
-        ResidualsError: from `backward`, for residuals that were moved or changed.
+        MeshError: from both, for a state of a simulated mesh.
+        RandomOpError: from `forward`: `f` draws random numbers from no key, or from one that stands around the call.
+        ResidualsError: from `backward`, for residuals that were moved or changed, or are of another function.
         TraceError: from `forward`: `f` looks at the values of tensors, or a `torch.func` transform is around it.
 
     Source: You Only Linearize Once, Radul et al. 2022, arXiv 2204.10923; JAX's `linearize`.

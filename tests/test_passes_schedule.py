@@ -262,8 +262,10 @@ def block_bytes(state: fz.State, itemsize: int = 2) -> tuple[int, int]:
     return itemsize * max(sizes.values()), itemsize * pieces
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize(
+    ("ranks", "remat"),
+    [(2, "none"), (8, "block"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "block"), (8, "none")])],
+)
 def test_gradients_of_two_blocks_at_most_are_alive_at_once(ranks: int, remat: str) -> None:
     peaks = []
     for clip in (False, True):

@@ -73,6 +73,10 @@ def test_the_tables_of_programs_are_the_measured_ones(part):
     assert f"<!-- {part} -->\n{tables(record)[part]}\n<!-- /{part} -->" in text
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page.name}-{target}" for page, target in LINKS])
+def test_links_lead_somewhere(page, target):
+    assert (page.parent / target).exists()

@@ -192,6 +192,22 @@ def test_a_process_that_ran_no_forward_runs_the_backward() -> None:
     assert_same_bits(found, backward(residuals, bar))
 
 
+def gradient_of_a_state(sent: bytes) -> Any:
+    f, _, _ = case("attention", 3, "bf16")
+    residuals, bar = pickle.loads(sent)
+    _, backward = fz.split_vjp(f)
+    return fz.gather(backward(residuals, bar)[0])
+
+
+def test_a_process_that_ran_no_forward_runs_the_backward_of_a_state() -> None:
+    f, state, x = case("attention", 3, "bf16")
+    forward, backward = fz.split_vjp(f)
+    out, residuals = forward(state, x)
+    bar = cotangent_of(out)
+    (found,) = world.run(gradient_of_a_state, pickle.dumps((residuals, bar)), size=1)
+    assert_same_bits(found, fz.gather(backward(residuals, bar)[0]))
+
+
 def test_residuals_of_several_forwards_are_held_and_used_in_any_order() -> None:
     forward, backward = fz.split_vjp(product)
     w = torch.randn(3, 4)
@@ -231,6 +247,103 @@ def test_one_trace_for_each_signature() -> None:
         backward(residuals, torch.ones_like(out))
         fz.jit(forward)(torch.randn(3, 4), torch.randn(4, columns))
     assert traced == [(4, 2), (4, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the two halves have to keep together
+
+
+def written_through_a_view(w: Tensor, x: Tensor) -> Any:
+    y, count = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    y[0] = (w * x).sum()
+    count.select(0, 1).fill_(5)
+    return y, count
+
+
+class _IntoAView(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x[0].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (ctx.size,) = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:
+        gradient = bar.new_zeros(ctx.size)
+        gradient[0] = bar
+        return gradient
+
+
+def gradient_written_through_a_view(w: Tensor, x: Tensor) -> Any:
+    return _IntoAView.apply(w * x) + _IntoAView.apply(x)
+
+
+def saved_is_a_view(w: Tensor, x: Tensor) -> Any:
+    return (torch.exp((w * x).expand(3, -1).t()).t().contiguous().view(-1) ** 2).sum()
+
+
+@pytest.mark.parametrize("f", [written_through_a_view, gradient_written_through_a_view, saved_is_a_view])
+def test_memory_that_is_written_is_not_lost(f: Callable[..., Any]) -> None:
+    w, x = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])
+    output, pullback = fz.vjp(f, w, x)
+    bar = cotangent_of(output)
+    forward, backward = fz.split_vjp(f)
+    found, residuals = forward(w, x)
+    assert_same_bits((found, backward(residuals, bar)), (output, pullback(bar)))
+
+
+def test_strides_that_a_copy_lost_do_not_matter() -> None:
+    forward, backward = fz.split_vjp(lambda w: (torch.exp(w.t()).t().reshape(-1) ** 2).sum())
+    _, residuals = forward(torch.randn(3, 4))
+    copies = fz.tree.map(lambda x: x.contiguous(), residuals)
+    assert_same_bits(backward(copies, torch.tensor(1.0)), backward(residuals, torch.tensor(1.0)))
+
+
+def test_residuals_of_another_function_are_refused() -> None:
+    forward, _ = fz.split_vjp(lambda w, x: (w * x.sin()).sum())
+    _, backward = fz.split_vjp(lambda w, x: (w.sin() * x).sum())
+    _, residuals = forward(torch.ones(3), torch.ones(3))
+    with pytest.raises(fz.ResidualsError, match="of another function than"):
+        backward(residuals, torch.tensor(1.0))
+
+
+def test_a_backward_without_its_forward_runs_under_the_forwards_autocast() -> None:
+    forward, expected = fz.split_vjp(product)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, residuals = forward(torch.randn(3, 4), torch.randn(4, 2))
+    assert out.dtype == torch.bfloat16
+    _, elsewhere = fz.split_vjp(product)
+    assert_same_bits(elsewhere(residuals, torch.ones_like(out)), expected(residuals, torch.ones_like(out)))
+
+
+def test_a_first_call_inside_a_trace_on_tensors_that_it_closes_over() -> None:
+    w, x = torch.randn(3, 4), torch.randn(4, 2)
+    forward, _ = fz.split_vjp(product)
+    assert_same_bits(fz.jit(lambda z: forward(w, x)[0] + z)(torch.ones(3, 2)), product(w, x) + 1)
+
+
+@pytest.mark.parametrize("make", [lambda f: fz.split_vjp(f)[0], fz.jit], ids=["split_vjp", "jit"])
+def test_a_key_around_the_call_does_not_become_a_constant(make: Callable[..., Any]) -> None:
+    drop = make(lambda w: nn.functional.dropout(w, 0.5))
+    with pytest.raises(fz.RandomOpError, match="the key as an argument"):
+        fz.keyed(drop)(torch.tensor(1, dtype=torch.int32), torch.ones(8))
+
+
+def test_under_accumulate_no_leaf_is_kept_for_all_rounds() -> None:
+    apply, params = fz.functional(nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))))
+    state = fz.init(params, fz.sgd(0.1), fz.make_mesh("cpu", data=8, simulate=True), policy="bf16")
+    x = torch.empty(8, 64, dtype=torch.bfloat16)
+    forward, backward = fz.split_vjp(lambda p, x: apply(p, x).float().square().mean())
+
+    def halves(state: fz.State, x: Tensor) -> Any:
+        loss, residuals = forward(state, x)
+        return loss, backward(residuals, torch.ones_like(loss))[0]
+
+    whole = fz.value_and_grad(lambda p, x: apply(p, x).float().square().mean())
+    peaks = [fz.trace(fz.accumulate(f, 4))(state, x).memory().peak for f in (halves, whole)]
+    assert peaks[0] <= 1.02 * peaks[1]
 
 
 # ---------------------------------------------------------------------------------------------------------

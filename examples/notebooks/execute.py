@@ -30,18 +30,21 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} KiB")
 
 
-def executed(path: Path, *, seconds: int = 300) -> Any:
+def executed(path: Path, *, seconds: int = 300, shorter: tuple[str, str] | None = None) -> Any:
     """Return a notebook as it is after a run from its first cell to its last in a fresh kernel.
 
     Args:
         path: of the notebook; it runs in that folder.
         seconds: that a cell may take.
+        shorter: a piece of code that makes the run long, and what to run in its place.
 
     Raises:
         CellExecutionError: a cell raised.
-        ValueError: a cell warned.
+        ValueError: a cell warned, or none holds the code that is to be shorter.
     """
     notebook = nbformat.read(path, as_version=4)
+    if shorter is not None:
+        _shorten(notebook, *shorter)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     # torch and the kernel deprecate things in themselves while they are imported: only what a cell shows counts.
     environment.pop("PYTHONWARNINGS", None)
@@ -56,6 +59,14 @@ def executed(path: Path, *, seconds: int = 300) -> Any:
                 raise ValueError(f"{path.name}: a cell warned:\n{cell.source}\n\n{output.text}")
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     return notebook
+
+
+def _shorten(notebook: Any, code: str, instead: str) -> None:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and code in cell.source]
+    if not cells:
+        raise ValueError(f"no cell holds {code!r}")
+    for cell in cells:
+        cell.source = cell.source.replace(code, instead)
 
 
 if __name__ == "__main__":

@@ -120,13 +120,17 @@ def partition(joint: Trace, by_reference: Collection[int]) -> Halves:
             return node.all_input_nodes if node in remade else []
         return [*node.all_input_nodes, *(writer for writer in writers[node] if writer not in early)]
 
-    backward = _closure(gradient_nodes, before_in_backward)
+    # A result may be written after the node that stands for it, through a view: that write has no reader.
+    late_writers = [n for n in _writers_to(values, gradient_nodes) if n not in early]
+    backward = _closure([*gradient_nodes, *late_writers], before_in_backward)
     references = [i for i, node in enumerate(inputs) if node in backward and i in by_reference]
     taken = {inputs[i] for i in references}
     saved = [n for n in graph.nodes if n in backward and n not in taken and _is_saved(n, early, remade)]
     # What the forward writes into memory that the backward reads has no result that anybody reads.
-    written = [writer for node in backward for writer in writers[node] if writer in early]
-    forward = _closure([*wanted, *saved, *written], before_in_forward)
+    written = [writer for node in backward for writer in writers[node]] + _writers_to(
+        values, [*wanted, *gradient_nodes]
+    )
+    forward = _closure([*wanted, *saved, *(n for n in written if n in early)], before_in_forward)
     cotangents = sorted((n for n in graph.nodes if "cotangent" in marks_of(n)), key=_cotangent_index)
 
     positions = {node: i for i, node in reversed(list(enumerate(wanted)))}
@@ -190,6 +194,12 @@ def _writers(graph: fx.Graph, values: Values) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+def _writers_to(values: Values, given: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return what writes, at any time, to memory that these nodes give out."""
+    buffers = {b for node in given for b in values.holds[node]}
+    return [n for n, b in values.writes.items() if n not in values.in_place and not buffers.isdisjoint(b)]
+
+
 def _closure(wanted: Iterable[fx.Node], before: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """Return nodes with all that comes before them."""
     found: set[fx.Node] = set()
@@ -215,7 +225,7 @@ def _half(
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if again is not None and node in again.cheap:
-            marks = marks_of(node) | {"again": False, "repeated": True, "phase": "backward"}
+            marks = marks_of(node) | {"repeated": True, "phase": "backward"}
             copies[node].meta["custom"] = marks
     graph.output([copies[node] for node in given])
     used = {str(node.target) for node in graph.find_nodes(op="get_attr")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ class Signature:
         """Return tensors that look like the arguments', without memory."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             return [torch.empty_strided(s, strides, dtype=d, device=device) for s, strides, d, device in self.key[2]]
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Inside, operations mean what they meant where the call was made."""
+        cpu, cuda, grad, dtype = self.key[3:]
+        before = torch.get_default_dtype()
+        with contextlib.ExitStack() as stack:
+            for device, (enabled, lower) in (("cpu", cpu), ("cuda", cuda)):
+                if (enabled, lower) != (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)):
+                    stack.enter_context(torch.autocast(device, dtype=lower, enabled=enabled, cache_enabled=False))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            torch.set_default_dtype(dtype)
+            stack.callback(torch.set_default_dtype, before)
+            yield
 
     @property
     def paths(self) -> list[str]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, make_fx
+from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, dispatch_modes, make_fx
 from fzero.errors import RandomOpError, TraceError
-from fzero.keyed import draws
+from fzero.keyed import current_draw, draws
 from fzero.marks import line_of, recorded
 from fzero.module_errors import explaining, line_of_user, module_of
 from fzero.program.aliases import record_aliases
@@ -80,7 +80,14 @@ def trace_flat(
         outputs[:] = [hollow]
         return results
 
+    drawn = current_draw()
     module = graph_of(flat, examples)
+    after = current_draw()
+    if drawn is not None and after is not None and after[1] != drawn[1]:
+        raise RandomOpError(
+            "fz.jit: the function draws from the key of the fz.keyed, fz.call or pullback around it, which would "
+            "become a constant of the program. Give it the key as an argument, and draw inside: fz.keyed(f)(key, ...)."
+        )
     check_keyed(module)
     check_captured(module)
     return Trace(_named(module, paths), tuple(paths), donated, outputs[0], _bodies(module))
@@ -94,6 +101,7 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
         RandomOpError: it draws random numbers that are not keyed, by the one operator that torch.fx cannot write down.
     """
     mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
+    mode = mode or next((m for m in reversed(dispatch_modes()) if isinstance(m, FakeTensorMode)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     # Fresh tensors: one object passed twice would become one input.
     with mode:

@@ -188,6 +188,8 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
         if not marks_of(gather).get("again"):
             _keep(gather)
             continue
+        if marks_of(gather).get("repeated"):  # the second gather already, that of a backward cut off
+            continue
         uses = _uses(gather, cheap, order)
         if len(uses) < 2 or not any(_backward(user) for _, user in uses):
             plans.append((len(nodes), order[gather], []))  # gathered once in any case
