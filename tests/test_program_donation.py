@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
+from fzero.program import donation, lower_inductor
 from tests import world
 from tests.small import assert_same_bits, copied, dot, gradient_of, gradients, parameters, piece
 
@@ -114,16 +116,129 @@ def test_every_rank_is_told(stage: int) -> None:
     world.raises(fz.DonatedError, read_an_old_state, stage, size=2, match=r"donated to step_of \(call 1\)")
 
 
-def fails_in_the_trace(x: Tensor) -> Tensor:
-    raise KeyError("mine")
+# ---------------------------------------------------------------------------------------------------------
+# Until its program runs, a call takes nothing
 
 
-def test_a_call_that_fails_has_taken_the_memory_too() -> None:
+def mistyped(state: fz.State, batch: Any) -> Any:
+    return fz.value_and_grad(lambda p, b: p.wieght.sum())(state, batch)
+
+
+def looks_at_values(state: fz.State, batch: Any) -> Any:
+    return state if batch.sum() > 0 else None
+
+
+def is_interrupted(state: fz.State, batch: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def product(params: Any, batch: Tensor) -> Tensor:
+    return (batch @ params["head"]).sum()
+
+
+NOTHING_RUN: dict[str, tuple[Callable[..., Any], Any, type[BaseException]]] = {
+    "a typo": (fz.jit(mistyped, donate=0), A, AttributeError),
+    "a value that is looked at": (fz.jit(looks_at_values, donate=0), A, fz.TraceError),
+    "an interrupt while it traces": (fz.jit(is_interrupted, donate=0), A, KeyboardInterrupt),
+    "a batch that does not split": (fz.train_step(product, microbatches=4), torch.ones(6, 5), fz.BatchError),
+    "a shape": (fz.train_step(product), torch.ones(6, 7), RuntimeError),
+    "a dtype": (fz.train_step(product), torch.ones(6, 5).double(), RuntimeError),
+    "a lowering": (fz.jit(step_of, donate=0, lower="cudagraph"), parameters(1), ValueError),
+    "an argument that cannot be a constant": (fz.train_step(product), [set()], TypeError),
+}
+
+
+@pytest.mark.parametrize(("step", "batch", "error"), NOTHING_RUN.values(), ids=NOTHING_RUN.keys())
+def test_what_is_raised_before_the_program_runs_leaves_the_arguments(
+    step: Callable[..., Any], batch: Any, error: type[BaseException]
+) -> None:
+    state = state_of()
+    kept, places = copied(state), addresses(state)
+    with pytest.raises(error):
+        step(state, batch)
+    assert_same_bits(state, kept)
+    assert addresses(state) == places
+
+
+def test_swapped_arguments_leave_the_batch() -> None:
+    state, batch = state_of(), {"x": torch.ones(6, 5)}
+    with pytest.raises(Exception):  # noqa: B017 - whatever the function says of them
+        fz.train_step(product)(batch, state)
+    assert_same_bits(batch, {"x": torch.ones(6, 5)})
+
+
+def test_a_compilation_that_fails_leaves_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(lower_inductor, "standalone_compile_static", broken)
     x = A.clone()
-    with pytest.raises(KeyError, match="mine"):
-        fz.jit(fails_in_the_trace, donate=0)(x)
-    with pytest.raises(fz.DonatedError, match=r"donated to fails_in_the_trace \(call 1\)"):
+    with pytest.raises(RuntimeError, match="no compiler"):
+        fz.jit(double, donate=0, lower="inductor")(x)
+    assert_same_bits(x, A)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_while_memory_is_taken_gives_it_all_back(
+    taken: int, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bury, calls = donation._bury, []
+
+    def interrupted(leaf: Tensor, call: str) -> None:
+        calls.append(leaf)
+        if moment == "after" or len(calls) <= taken:
+            bury(leaf, call)
+        if len(calls) > taken:
+            raise KeyboardInterrupt
+
+    step, state = fz.jit(step_of, donate=0), state_of()
+    kept, places = copied(state), addresses(state)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(donation, "_bury", interrupted)
+        step(state, parameters(1))
+    assert_same_bits(state, kept)
+    assert addresses(state) == places
+    assert_same_bits(step(state, parameters(1)), step_of(kept, parameters(1)))
+
+
+def different_programs() -> None:
+    rank, state = torch.distributed.get_rank(), state_of()
+    kept = copied(state)
+    with pytest.raises(fz.ProgramMismatchError):
+        fz.train_step(lambda p, batch: dot(p, batch) * (1.0 + rank))(state, parameters(1))
+    assert_same_bits(state, kept)
+
+
+def test_ranks_that_do_not_agree_keep_their_states() -> None:
+    world.run(different_programs, size=2)
+
+
+def test_an_interrupt_of_a_running_program_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = A.clone()
+    jitted = fz.jit(double, donate=0)
+    program = jitted.trace(x)
+
+    def interrupted(inputs: list[Tensor]) -> list[Tensor]:
+        inputs.clear()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as info:
+        donation.run_donating(dataclasses.replace(program, run=interrupted), [x], {0}, "double (call 1)")
+    assert info.value.__notes__ == ["double (call 1) was running, so the arguments that were donated to it are gone."]
+    with pytest.raises(fz.DonatedError):
         x.sum()
+
+
+@pytest.mark.parametrize("policy", ["fp32", "fp16", "bf16-exact", "bf16-8bit"])
+def test_a_copy_as_the_message_says_goes_on_alone(policy: str) -> None:
+    step, state = fz.jit(step_of, donate=0), state_of(policy=policy)
+    copy = fz.tree.map(torch.clone, state)
+    values = [fz.tree.map(lambda x: x.to(state.policy.compute), value) for value in gradients(2)]
+    step(state, values[0])
+    with pytest.raises(fz.DonatedError, match=r"a state by fz\.tree\.map\(torch\.clone, state\)"):
+        state.step.item()
+    assert_same_bits(step(copy, values[0]), step_of(state_of(policy=policy), values[0]))
 
 
 def test_a_call_that_fails_when_it_runs_has_taken_the_memory_too() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fzero as fz
 from fzero._torch import FakeTensorMode, storage_id
-from fzero.program.donation import take
+from fzero.program.donation import run_donating
 from fzero.program.lower import Lowered, lower_graph
 from fzero.program.lower_cudagraph import Recorder, Replayed, lower_cudagraph
 from tests.small import assert_same_bits, copied, dot, parameters
@@ -58,7 +58,7 @@ class Steps:
         self.program = Replayed(lower_graph(trace.module), trace.donated, OnCPU)
 
     def __call__(self, state: State, batch: Tensor) -> tuple[State, Tensor]:
-        *new, metric = self.program([*(take(x, "a step") for x in state), batch])
+        *new, metric = run_donating(self.program, [*state, batch], range(len(state)), "a step")
         return new, metric
 
     @property
@@ -68,6 +68,12 @@ class Steps:
 
 def start(value: float = 1.0) -> State:
     return [torch.full((3,), value), torch.zeros(3), torch.tensor(0.0)]
+
+
+def taken_over(inputs: list[Tensor]) -> list[Tensor]:
+    heirs = list(inputs)
+    inputs.clear()
+    return heirs
 
 
 BATCHES = [torch.tensor([1.0, 2.0, 3.0]) * i for i in range(1, 6)]
@@ -136,7 +142,7 @@ def test_memory_that_another_program_took_over_counts_as_held() -> None:
     steps, state = Steps(), start()
     for batch in BATCHES[:2]:
         state, _ = steps(state, batch)
-    heirs = [take(x, "another program") for x in state]
+    heirs = run_donating(taken_over, state, range(len(state)), "another program")
     before = copied(heirs)
     steps(start(5.0), BATCHES[2])
     assert_same_bits(heirs, before)

@@ -2,11 +2,14 @@
 
 A donated tensor object becomes a tombstone: its memory is handed on, and the object, which every holder
 sees, turns into a class that answers any operation with `DonatedError`.
+
+    leaf ── heir ──▶ inputs ──▶ program          a program empties its inputs when it begins to run
+      └─ tombstone                               until then whatever is raised turns it back into the tensor that it was
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +35,8 @@ class Donated(Tensor):
                 stack.extend(x)
         raise DonatedError(
             f"{getattr(func, '__name__', func)}: this tensor's memory was donated to {call}, which may have "
-            f"overwritten it. Use what that call returned, copy the tensor before the call (.clone()), or jit "
-            f"without donate=."
+            f"overwritten it. Use what that call returned, or jit without donate=. To keep what a call takes, copy it "
+            f"before: a tensor by .clone(), a state by fz.tree.map(torch.clone, state)."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -69,11 +72,44 @@ def check_distinct(leaves: Sequence[Tensor], arguments: HasPaths, call: str) -> 
             )
 
 
-def take(leaf: Tensor, call: str) -> Tensor:
-    """Return a new tensor with the memory of `leaf`, and make `leaf` a tombstone that names `call`."""
-    heir = leaf.detach()
+def run_donating(
+    run: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor], donated: Collection[int], call: str
+) -> Any:
+    """Return `run(inputs)`, where the memory of donated leaves goes to the inputs.
+
+    Args:
+        run: a program. It empties its inputs before it does anything else.
+        leaves: the tensors of a call's arguments.
+        donated: positions of those to donate. They turn into tombstones that name `call`: all of them, or, if
+            anything is raised before the program has emptied its inputs, none.
+        call: what runs.
+    """
+    kinds = {i: type(leaves[i]) for i in donated}
+    inputs = list(leaves)
+    try:
+        for i in donated:
+            inputs[i] = leaves[i].detach()
+            _bury(leaves[i], call)
+        return run(inputs)
+    except BaseException as error:
+        if inputs:
+            for i, kind in kinds.items():
+                _revive(leaves[i], inputs[i], kind)
+        elif donated:
+            error.add_note(f"{call} was running, so the arguments that were donated to it are gone.")
+        raise
+
+
+def _bury(leaf: Tensor, call: str) -> None:
+    leaf.__dict__["donated_to"] = call
     with torch.no_grad():
         leaf.set_()  # type: ignore[call-overload]
     leaf.__class__ = Donated
-    leaf.__dict__["donated_to"] = call
-    return heir
+
+
+def _revive(leaf: Tensor, heir: Tensor, kind: type[Tensor]) -> None:
+    """Undo `_bury`, however far it has come."""
+    leaf.__class__ = kind
+    leaf.__dict__.pop("donated_to", None)
+    with torch.no_grad():
+        leaf.set_(heir)  # type: ignore[call-overload]

@@ -2,7 +2,8 @@
 
 A call goes flatten → look up → (trace → passes → lower, once) → run → unflatten. The signature is the
 structure of the arguments with all that is static in them, and the shape, strides, dtype and device of
-every tensor. Memory of donated arguments is taken first, before anything can fail.
+every tensor. Memory of donated arguments is taken when the program begins to run: whatever is raised before that
+leaves them as they were.
 """
 
 from __future__ import annotations
@@ -63,19 +64,16 @@ class Jitted:
         call = f"{self.name} (call {self.calls})"
         if self.donate:
             donation.check_distinct(leaves, signature, f"fz.jit: {self.name}")
-            # From here on the old tensors are gone, also if the call fails: half of a step may have
-            # overwritten them, and a state that is sometimes there would be a trap.
-            for i in signature.donated:
-                leaves[i] = donation.take(leaves[i], call)
         with together(call):
             program = self._programs.get(signature.key)
             if program is None:
                 program = self._program(signature, leaves)
+                program.make_ready()
                 announce(program, call, signature.by_path())
                 self._programs[signature.key] = program
             self._last = signature
             count_run(program, call)
-            return program(leaves)
+            return donation.run_donating(program, leaves, signature.donated, call)
 
     def trace(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program for these arguments without running it."""
@@ -120,8 +118,9 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
     Args:
         f: a pure function of trees. Tensors in its arguments are inputs; everything else in them is constant
             and part of the signature. Left out, `jit` is a decorator: `@fz.jit(donate=(0,))`.
-        donate: positions of arguments whose memory the call may reuse, from its start, also when it fails.
-            Reading such a tensor afterwards raises `DonatedError`.
+        donate: positions of arguments whose memory the call may reuse, from the moment that its program begins to
+            run, also when that fails. Reading such a tensor afterwards raises `DonatedError`. What is raised
+            before, while tracing or compiling, leaves the arguments as they were.
         **options: how the program is made; each of `fzero.program.options.Options`: `lower=`, `remat=`,
             `keep_gathered=`, `bucket=`, `overlap=`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -11,6 +11,22 @@ from fzero.program.lower_cudagraph import lower_cudagraph
 from fzero.program.lower_inductor import lower_inductor
 from fzero.program.options import Lower, Options
 from fzero.program.trace import Trace
+
+
+class Late:
+    """A lowering that takes long, made when it is first needed: a program that is only looked at needs no compiler."""
+
+    def __init__(self, make: Callable[[], Lowered]):
+        self.make = make
+        self.made: Lowered | None = None
+
+    def make_ready(self) -> Lowered:
+        """Make it, unless that has been done."""
+        self.made = self.made or self.make()
+        return self.made
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self.make_ready()(inputs)
 
 
 def lowered(trace: Trace, options: Options) -> Lowered:
@@ -23,9 +39,7 @@ def lowered(trace: Trace, options: Options) -> Lowered:
     if lower == "cudagraph":
         return lower_cudagraph(trace)
     if lower == "inductor":
-        # Compiled at the first call: a program that is only looked at needs no compiler.
-        compiled = functools.cache(lambda: lower_inductor(trace))
-        return lambda inputs: compiled()(inputs)
+        return Late(lambda: lower_inductor(trace))
     return lower_graph(trace.module, trace.bodies)
 
 

@@ -16,6 +16,7 @@ from fzero.program.devices import Device, Estimate, estimate
 from fzero.program.failure import note_place
 from fzero.program.flops import flops_of
 from fzero.program.lower import Lowered
+from fzero.program.lowering import Late
 from fzero.program.memory import Memory, memory_of
 from fzero.program.pipeline import Stage
 from fzero.program.text import costs, stage_table, text_of
@@ -41,6 +42,11 @@ class Program:
     run: Lowered
     cause: str
     stages: tuple[Stage, ...] = ()
+
+    def make_ready(self) -> None:
+        """Do what may fail or take long before the first run: compile."""
+        if isinstance(self.run, Late):
+            self.run.make_ready()
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on flat inputs; return the output's tree."""
