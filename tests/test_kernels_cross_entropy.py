@@ -68,7 +68,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, labels: Tens
 def evaluated(loss: Loss, tensors: list[Tensor], **options: Any) -> list[Tensor]:
     """The loss, and the gradients under a cotangent that is the same for all dtypes."""
     output, pullback, *_ = torch.func.vjp(functools.partial(loss, **options), *tensors)
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     return [output, *pullback(cotangent)]
 
 
