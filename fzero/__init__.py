@@ -12,6 +12,7 @@ from fzero.autodiff import call as call
 from fzero.autodiff import grad as grad
 from fzero.autodiff import value_and_grad as value_and_grad
 from fzero.autodiff import vjp as vjp
+from fzero.axis import Axis as Axis
 from fzero.buffers import average as average
 from fzero.directions import like as like
 from fzero.directions import random_like as random_like

@@ -20,14 +20,14 @@ the layout. On NCCL, and in a simulated world, it is one reduce-scatter.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fzero._torch import c10d
 from fzero.marks import mark
-from fzero.mesh import Mesh
 
 # Up to this many received elements an all-reduce is one all-gather and a sum: fewer messages.
 _SMALL = 65536
@@ -38,7 +38,23 @@ _SUM_IS_IN_ORDER = 4
 _ADDED_ONE_BY_ONE = 64
 
 
-def all_gather(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+class Ranks(Protocol):
+    """Where ranks stand: what a collective asks of a mesh."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def simulated(self) -> bool: ...
+
+    def size(self, axes: str | Iterable[str]) -> int: ...
+
+    def index_tensor(self, axes: str | Iterable[str]) -> Tensor: ...
+
+    def group(self, axis: str) -> str: ...
+
+
+def all_gather(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
     """Return the ranks' tensors stacked along dimension 0, in rank order: `(n, ...) -> (N·n, ...)`."""
     if mesh.size(axis) == 1:
         return x
@@ -48,7 +64,7 @@ def all_gather(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
     return gathered
 
 
-def reduce_scatter(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | None = None) -> Tensor:
+def reduce_scatter(x: Tensor, mesh: Ranks, axis: str, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return this rank's share of the sum over ranks: `(N·n, ...) -> (n, ...)`.
 
     Args:
@@ -61,12 +77,12 @@ def reduce_scatter(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | Non
     return x.to(dtype) if mesh.size(axis) == 1 else _ReduceScatter.apply(x, mesh, axis, dtype)
 
 
-def all_to_all(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+def all_to_all(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
     """Send the i-th of N equal parts of dimension 0 to rank i; return the parts received, in rank order."""
     return x if mesh.size(axis) == 1 else _AllToAll.apply(x, mesh, axis)
 
 
-def all_reduce(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | None = None) -> Tensor:
+def all_reduce(x: Tensor, mesh: Ranks, axis: str, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return the sum over ranks of tensors of any shape, the same bits on every rank.
 
     It is a reduce-scatter and an all-gather (what a ring all-reduce is), or for few elements an
@@ -84,7 +100,7 @@ def all_reduce(x: Tensor, mesh: Mesh, axis: str, *, dtype: torch.dtype | None = 
     return (whole if whole.numel() == flat.numel() else whole[: flat.numel()]).reshape(x.shape)
 
 
-def total(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+def total(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
     """Return the sum over ranks as one value that they share: each rank's part has the value's own cotangent.
 
     Through `all_reduce` it would have the sum of the ranks' cotangents: N times as much.
@@ -146,7 +162,7 @@ def _members_first(x: Tensor, ranks: int) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         with mark(axis=axis):
             return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), mesh.size(axis), mesh.group(axis)))
 
@@ -163,13 +179,13 @@ class _AllGather(torch.autograd.Function):
         return all_gather(tangent, ctx.mesh, ctx.axis)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Ranks, axis: str) -> tuple[Tensor, int]:
         return _members_first(all_gather(x.movedim(in_dims[0], 0), mesh, axis), mesh.size(axis)), 0
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mesh: Mesh, axis: str, dtype: torch.dtype) -> Tensor:
+    def forward(x: Tensor, mesh: Ranks, axis: str, dtype: torch.dtype) -> Tensor:
         ranks, group = mesh.size(axis), mesh.group(axis)
         if x.device.type == "cuda" or mesh.simulated:
             wide = x.to(dtype).contiguous()
@@ -195,14 +211,14 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int, None, None, None], x: Tensor, mesh: Mesh, axis: str, dtype: torch.dtype
+        info: Any, in_dims: tuple[int, None, None, None], x: Tensor, mesh: Ranks, axis: str, dtype: torch.dtype
     ) -> tuple[Tensor, int]:
         return reduce_scatter(_ranks_first(x.movedim(in_dims[0], 0), mesh.size(axis)), mesh, axis, dtype=dtype), 0
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         ranks = mesh.size(axis)
         splits = [x.shape[0] // ranks] * ranks
         with mark(axis=axis):
@@ -221,14 +237,14 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(tangent, ctx.mesh, ctx.axis)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Ranks, axis: str) -> tuple[Tensor, int]:
         sent = _ranks_first(x.movedim(in_dims[0], 0), mesh.size(axis))
         return _members_first(all_to_all(sent, mesh, axis), mesh.size(axis)), 0
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         return all_reduce(x, mesh, axis)
 
     @staticmethod
@@ -244,7 +260,7 @@ class _Total(torch.autograd.Function):
         return total(tangent, ctx.mesh, ctx.axis)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Ranks, axis: str) -> tuple[Tensor, int]:
         return total(x, mesh, axis), in_dims[0]
 
 
@@ -252,7 +268,7 @@ class _Spread(torch.autograd.Function):
     """A value that ranks share, as the part of each: the transpose of `_Total`, and it is that of this."""
 
     @staticmethod
-    def forward(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -268,5 +284,5 @@ class _Spread(torch.autograd.Function):
         return tangent.view_as(tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Mesh, axis: str) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mesh: Ranks, axis: str) -> tuple[Tensor, int]:
         return _Spread.apply(x, mesh, axis), in_dims[0]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fzero._torch import gloo_threads, one_gloo_thread, release_groups, set_group_deadline
+from fzero.axis import Axis
 from fzero.errors import MeshError
 
 
@@ -42,6 +43,15 @@ class Mesh:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.axes)
+
+    def __getitem__(self, name: str) -> Axis:
+        """Return an axis as a value, with its collectives: `mesh["data"].gather(x)`.
+
+        Raises:
+            MeshError: there is no such axis.
+        """
+        self.size(name)
+        return Axis(self, name)
 
     def size(self, axes: str | Iterable[str]) -> int:
         """Return the number of ranks along one axis, or along several together."""
