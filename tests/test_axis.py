@@ -16,28 +16,30 @@ SIZES = (1, 2, 4)
 SHAPE = (4, 8, 3)  # divides into 1, 2 and 4 along its first two dimensions
 
 
-def everywhere(seed: int, ranks: int) -> list[Tensor]:
+def everywhere(ranks: int) -> list[Tensor]:
     """The tensors of all ranks."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(ranks)]
 
 
 def applied(method: str, dim: int | None) -> tuple[Tensor, Tensor]:
     """What an axis makes of this rank's tensor, and the cotangent of that tensor."""
     axis = fz.make_mesh("cpu")["data"]
-    x, rank = everywhere(0, axis.size), int(axis.index)
+    x, rank = everywhere(axis.size), int(axis.index)
     arguments = () if dim is None else (dim,)
-    out, pullback = torch.func.vjp(lambda x: getattr(axis, method)(x, *arguments), x[rank])
-    weight = everywhere(1, axis.size)[rank]
-    return out, pullback(weight.repeat(out.numel() // weight.numel() + 1, 1, 1).flatten()[: out.numel()].view_as(out))[
-        0
-    ]
+    out, pullback, *_ = torch.func.vjp(lambda x: getattr(axis, method)(x, *arguments), x[rank])
+    return out, pullback(weights(out, rank))[0]
+
+
+def weights(out: Tensor, rank: int) -> Tensor:
+    """A cotangent of a rank's result."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1 + rank), dtype=out.dtype)
 
 
 REFERENCES: dict[str, Any] = {
-    "sum": lambda x, dim: [sum(x)] * len(x),
+    "sum": lambda x, dim: [torch.stack(x).sum(0)] * len(x),
     "gather": lambda x, dim: [torch.cat(x, dim)] * len(x),
-    "scatter": lambda x, dim: list(sum(x).chunk(len(x), dim)),
+    "scatter": lambda x, dim: list(torch.stack(x).sum(0).chunk(len(x), dim)),
 }
 
 
@@ -45,10 +47,10 @@ REFERENCES: dict[str, Any] = {
 @pytest.mark.parametrize(("method", "dim"), [("sum", None), ("gather", 0), ("gather", -1), ("scatter", 1)])
 def test_collectives_are_those_of_the_stacked_tensors(size, method, dim):
     found = world.run(applied, method, dim, size=size)
-    x = [t.requires_grad_() for t in everywhere(0, size)]
+    x = [t.requires_grad_() for t in everywhere(size)]
     right = REFERENCES[method](x, dim)
     losses = [(out * weights(out, rank)).sum() for rank, out in enumerate(right)]
-    cotangents = torch.autograd.grad(sum(losses), x)
+    cotangents = torch.autograd.grad(torch.stack(losses).sum(), x)
     for (out, cotangent), wanted, wanted_cotangent in zip(found, right, cotangents, strict=True):
         torch.testing.assert_close(out, wanted.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(cotangent, wanted_cotangent, rtol=1e-12, atol=1e-12)
