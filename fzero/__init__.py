@@ -43,6 +43,7 @@ from fzero.layout import shard as shard
 from fzero.layout import zero as zero
 from fzero.mesh import Mesh as Mesh
 from fzero.mesh import make_mesh as make_mesh
+from fzero.named import named as named
 from fzero.optim import Optimizer as Optimizer
 from fzero.optim import adafactor as adafactor
 from fzero.optim import adam as adam

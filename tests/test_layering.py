@@ -35,6 +35,7 @@ ORDER = [
     "surroundings",
     "module_errors",
     "functional",
+    "named",
     "attention",
     "buffers",
     "kernels",
