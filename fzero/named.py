@@ -37,7 +37,7 @@ def named(full: Any, module: nn.Module | None = None) -> dict[str, Tensor]:
     """
     if isinstance(full, Sharded) or isinstance(getattr(full, "params", None), Sharded):
         raise TypeError(
-            f"fz.named: got a {type(full).__name__}, which is cut. Gather it first: fz.named(fz.gather(x))."
+            f"fz.named: got a {type(full).__name__}, which is cut. Gather its parameters first: fz.named(fz.gather(x))."
         )
     leaves, paths = tree.leaves(full, none_is_leaf=True), tree.paths(full, none_is_leaf=True)
     if not isinstance(full, Mapping) or not all(isinstance(x, Tensor) for x in leaves):
