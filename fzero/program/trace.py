@@ -23,6 +23,7 @@ from fzero.marks import line_of, recorded
 from fzero.module_errors import explaining, line_of_user, module_of
 from fzero.program.aliases import record_aliases
 from fzero.program.captured import check_captured
+from fzero.program.dtypes import check_dtypes
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def trace_flat(
         donated: positions of tensors that the program may overwrite.
 
     Raises:
-        TraceError: the function looks at the values of tensors, or writes to one that it closes over.
+        TraceError: the function looks at the values of tensors, writes to one that it closes over, or calls an operator
+            with dtypes that it refuses.
         RandomOpError: it draws random numbers that are not keyed.
     """
     outputs: list[tree.Hollow] = []
@@ -90,6 +92,7 @@ def trace_flat(
         )
     check_keyed(module)
     check_captured(module)
+    check_dtypes(module)
     return Trace(_named(module, paths), tuple(paths), donated, outputs[0], _bodies(module))
 
 
