@@ -50,7 +50,8 @@ def candidates(config: Config, mesh: fz.Mesh) -> dict[str, Callable[[], Candidat
     """Return what makes each candidate; "kept" are those that keep gathered parameters from forward to backward."""
     every: dict[str, Callable[[], Candidate]] = {"DDP": partial(ddp, config, mesh)}
     if mesh.size("data") == 1:
-        return every | {"fzero ZeRO-0": partial(fzero, config, mesh, 0)}
+        lowerings = ("graph", "cudagraph", "inductor") if mesh.device.type == "cuda" else ("graph",)
+        return every | {f"fzero, {lower}": partial(fzero, config, mesh, 0, lower=lower) for lower in lowerings}
     every["FSDP2"] = partial(fsdp2, config, mesh, keep=False)
     every["FSDP2, kept"] = partial(fsdp2, config, mesh, keep=True)
     if not missing_deepspeed(mesh):

@@ -65,7 +65,9 @@ def line(cells: list[str]) -> str:
 
 
 def quartiles(x: dict[str, float]) -> str:
-    return f"{x['median']:.3f} ({x['quartile_1']:.3f} to {x['quartile_3']:.3f})"
+    digits = 3 if x["median"] >= 0.05 else 5
+    low, middle, high = (f"{x[name]:.{digits}f}" for name in ("quartile_1", "median", "quartile_3"))
+    return f"{middle} ({low} to {high})"
 
 
 def show(model: str, rows: Rows) -> str:
