@@ -102,11 +102,14 @@ def step_of(loss: Callable[[Any, Any, Tensor], Tensor]) -> Callable[..., tuple[f
 
 def base_state(config: Config, mesh: fz.Mesh) -> fz.State:
     """Return a model to train in full. Its parameters are the base of adapters: `state.params`."""
-    return fz.init(lambda: GPT(config), fz.adamw(3e-3), mesh, fz.zero(3), policy="bf16")
+    return fz.init(
+        lambda: GPT(config), fz.adamw(3e-3), mesh, fz.zero(3), fz.policy("bf16", compute="auto", device=mesh.device)
+    )
 
 
 def adapter_state(base: fz.Sharded, rank: int) -> fz.State:
-    return fz.init(adapters_of(base, rank), fz.adamw(1e-2), base.mesh, fz.zero(3), policy="mixed")
+    policy = fz.policy("mixed", compute="auto", device=base.mesh.device)
+    return fz.init(adapters_of(base, rank), fz.adamw(1e-2), base.mesh, fz.zero(3), policy)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Train a small GPT on text, byte by byte, with its state sharded over all processes.
 
-    python examples/train_gpt.py                                   # on Python's own source, in some two minutes
+    python examples/train_gpt.py                                   # on Python's own source, in some three minutes
     python examples/train_gpt.py --data a.txt b.txt --model medium --policy mixed --steps 5000
     torchrun --nproc-per-node 2 examples/train_gpt.py --zero 1     # every --zero gives the same losses, bit for bit
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> Curve:
 
     rate = fz.schedules.warmup_cosine(args.lr, warmup=args.steps // 20, total=args.steps)
     optimizer = fz.chain(fz.clip_by_global_norm(1.0), fz.adamw(rate, b2=0.95, weight_decay=0.1, mask=decays))
-    state = fz.init(lambda: GPT(config), optimizer, mesh, fz.zero(args.zero), args.policy, args.seed)
+    policy = fz.policy(args.policy, compute="auto", device=mesh.device)
+    state = fz.init(lambda: GPT(config), optimizer, mesh, fz.zero(args.zero), policy, args.seed)
     step = fz.train_step(loss_of(apply), microbatches=args.microbatches)
     measure = fz.jit(lambda params, rows: fz.call(loss_of(apply_without_dropout), params, rows))
     say(f"{len(text.train):,} bytes to train on, {len(text.held_out):,} held out; {ranks} rank(s) on {mesh.device}")

@@ -17,7 +17,6 @@ arXiv 2205.01917: the caption, character by character; and which caption of the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -189,17 +188,6 @@ def is_hidden(path: str) -> bool:
     return ("layers." in path or "blocks." in path) and "norm" not in path
 
 
-def policy_of(name: str, device: torch.device) -> fz.Policy:
-    """Return the policy of a name; on a CPU only the state is as it says, and the computing is in fp32.
-
-    A CPU without units for bf16 takes thirty times as long for its matrix products.
-    """
-    found = fz.policy(name)
-    if device.type != "cpu":
-        return found
-    return dataclasses.replace(found, compute=torch.float32, reduce=torch.float32, loss_scale=None)
-
-
 def main(argv: Sequence[str] | None = None) -> Curve:
     """Train as the command line says; return what the run was like."""
     args = arguments(argv)
@@ -216,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> Curve:
     say(f"{len(digits.labels)} digits to train on, {len(unseen.labels)} held out; {ranks} rank(s) on {mesh.device}")
     states = []
     for i, factory in enumerate((lambda: vit.ViT(VISION), lambda: Captioner(TEXT, VISION.width))):
-        optimizer, policy = optimizer_of(args.optimizer[i], args.lr, args.steps), policy_of(args.policy[i], mesh.device)
+        optimizer = optimizer_of(args.optimizer[i], args.lr, args.steps)
+        policy = fz.policy(args.policy[i], compute="auto", device=mesh.device)
         states.append(fz.init(factory, optimizer, mesh, fz.zero(args.zero[i]), policy, args.seed))
         about = repr(states[i]).splitlines()[0]
         say(f"{('vision', 'text')[i]}: {args.optimizer[i]}, {args.policy[i]}, {about}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -78,6 +79,19 @@ def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list
     node = tracer.create_proxy("call_function", target, torch_pytree.tree_map(proxy, args), {})
     tracked: list[torch.Tensor] = track_tensor_tree(results, node, constant=None, tracer=tracer)
     return tracked
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has instructions for products of a dtype of 16 bits."""
+    if platform.machine() not in ("x86_64", "AMD64"):  # on ARM, where oneDNN has kernels for it
+        name = "bf16" if dtype == torch.bfloat16 else "fp16"
+        supported: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+        return supported
+    # oneDNN says yes to bfloat16 on every CPU with AVX-512, where it may have to convert number by number.
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    flags: Any = torch._C._cpu._get_cpu_capability() if hasattr(torch._C._cpu, "_get_cpu_capability") else {}
+    return flags.get("avx512_fp16", False) or torch.cpu._is_amx_fp16_supported()
 
 
 def default_store() -> Any:
@@ -265,6 +279,7 @@ __all__ = [
     "below_autograd",
     "bindings",
     "c10d",
+    "cpu_multiplies",
     "default_store",
     "direct",
     "disable_proxy_modes_tracing",

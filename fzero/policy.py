@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from fzero import products
 from fzero.errors import PolicyError
 from fzero.scaling import LossScale
 
@@ -32,9 +33,11 @@ class Policy:
             beside a bfloat16 parameter, make an exact fp32 master; or `None`.
         moment: dtype of the optimizer's moments; `torch.int8` for 8 bits an element, quantized in blocks of
             128 that share an fp32 scale. Leaves under 1,024 elements then keep bfloat16 moments.
-        compute: dtype in which the user's function sees parameters, and of their gradients.
+        compute: dtype in which the user's function sees parameters.
+        wire: dtype in which leaves are gathered, before they are cast to `compute`, and of gradients; `None` for that
+            of `compute`.
         reduce: dtype in which gradients are summed over ranks and micro-batches. On gloo and over
-            several ranks the wire carries the gradient's own dtype and only the sum is this wide.
+            several ranks what is sent has the gradient's own dtype, and only the sum is this wide.
         rounding: how a low-precision write-back rounds: `"nearest"` or `"stochastic"`.
         loss_scale: what cotangents are multiplied by, so that fp16 gradients do not underflow: `None`, a number,
             or a `LossScale` that adapts.
@@ -60,6 +63,7 @@ class Policy:
     loss_scale: float | LossScale | None = None
     autocast: torch.dtype | None = None
     exempt: tuple[str, ...] = ()
+    wire: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in self.exempt):
@@ -76,6 +80,11 @@ class Policy:
         dtype = self.master if self.param is None else self.param
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def sent(self) -> torch.dtype:
+        """The dtype in which leaves are gathered, and of gradients."""
+        return self.compute if self.wire is None else self.wire
 
     @property
     def has_master(self) -> bool:
@@ -100,6 +109,7 @@ class Policy:
             ("compute", _FLOATS),
             ("reduce", _FLOATS),
             ("autocast", (torch.bfloat16, torch.float16, None)),
+            ("wire", (*_FLOATS, None)),
         ):
             if getattr(self, name) not in allowed:
                 listing = ", ".join(_name(x) for x in allowed)
@@ -129,11 +139,16 @@ class Policy:
                 f"fz.Policy: param={self.param} and master={self.master} would store every weight twice. With a "
                 f"master pass param=None: the parameters are cast from it for each step."
             )
-        halves = {self.compute, self.reduce} & {torch.bfloat16, torch.float16}
-        if len(halves) == 2:
+        halves = {torch.bfloat16, torch.float16}
+        if {self.sent, self.compute} == halves:
             raise PolicyError(
-                f"fz.Policy: gradients in {_name(self.compute)} cannot be summed in {_name(self.reduce)}: neither "
-                f"holds the other's numbers. Use reduce={_name(self.compute)} or reduce=torch.float32."
+                f"fz.Policy: leaves gathered in {_name(self.sent)} cannot be computed with in {_name(self.compute)}: "
+                f"neither holds the other's numbers. Use compute={_name(self.sent)} or compute=torch.float32."
+            )
+        if {self.sent, self.reduce} == halves:
+            raise PolicyError(
+                f"fz.Policy: gradients in {_name(self.sent)} cannot be summed in {_name(self.reduce)}: neither "
+                f"holds the other's numbers. Use reduce={_name(self.sent)} or reduce=torch.float32."
             )
 
     def _check_rounding(self) -> None:
@@ -155,7 +170,7 @@ class Policy:
             raise PolicyError(
                 f"fz.Policy: loss_scale={scale!r}; expected None, a number above 0, or fz.LossScale(...)."
             )
-        if torch.float16 not in (self.compute, self.autocast):
+        if torch.float16 not in (self.compute, self.autocast, self.wire):
             raise PolicyError(
                 f"fz.Policy: loss_scale={scale!r} has nothing to protect: gradients are computed in "
                 f"{_name(self.compute)}, whose range is that of fp32. Use loss_scale=None, or compute=torch.float16."
@@ -174,6 +189,7 @@ def _fp32_form(policy: Policy) -> Policy:
         rounding="nearest",
         loss_scale=None,
         exempt=(),
+        wire=None,
     )
 
 
@@ -200,7 +216,14 @@ _POLICIES = {
 }
 
 
-def policy(name: str | Policy, *, autocast: torch.dtype | None = None, exempt: Sequence[str] | None = None) -> Policy:
+def policy(
+    name: str | Policy,
+    *,
+    compute: torch.dtype | Literal["auto"] | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    exempt: Sequence[str] | None = None,
+) -> Policy:
     """Return the policy of a name; a `Policy` is returned as it is, but for what the keywords say.
 
     | name                | weights                             | moments       | gradients                    | bytes |
@@ -219,6 +242,10 @@ def policy(name: str | Policy, *, autocast: torch.dtype | None = None, exempt: S
 
     Args:
         name: one of the above, or a `Policy`.
+        compute: the dtype in which functions see parameters; leaves are still stored, gathered and reduced, and
+            gradients kept, as the policy says. `"auto"`: fp32, without autocast, where the device has no instructions
+            for the policy's products and would take many times as long for them; else the policy's own.
+        device: the device that `"auto"` asks about. Default: as in `fz.make_mesh`.
         autocast: run functions under `torch.autocast` of this dtype; states stay as the policy says.
         exempt: patterns of paths of leaves to keep in fp32, such as `("*norm*", "embed*")`.
 
@@ -230,6 +257,9 @@ def policy(name: str | Policy, *, autocast: torch.dtype | None = None, exempt: S
         torch.bfloat16
         >>> policy("bf16", exempt=["*norm*"]).of("norm.weight").stored
         torch.float32
+        >>> widened = policy("bf16", compute=torch.float32)
+        >>> widened.stored, widened.compute, widened.sent
+        (torch.bfloat16, torch.float32, torch.bfloat16)
     """
     if not isinstance(name, Policy) and name not in _POLICIES:
         raise PolicyError(
@@ -238,4 +268,25 @@ def policy(name: str | Policy, *, autocast: torch.dtype | None = None, exempt: S
     found = name if isinstance(name, Policy) else _POLICIES[name]
     if autocast is not None:
         found = dataclasses.replace(found, autocast=autocast)
+    if compute == "auto":
+        found = _widened(found, _device(device))
+    elif compute is not None:
+        found = _computed_in(found, compute)
     return found if exempt is None else dataclasses.replace(found, exempt=tuple(exempt))
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _widened(policy: Policy, device: torch.device) -> Policy:
+    """Return the policy with fp32 in the place of what the device multiplies slowly."""
+    # A loss scale is part of the state: where only autocast gives it something to protect, autocast stays.
+    needed = policy.loss_scale is not None and torch.float16 not in (policy.compute, policy.wire)
+    if policy.autocast is not None and not products.are_fast(policy.autocast, device) and not needed:
+        policy = dataclasses.replace(policy, autocast=None)
+    return policy if products.are_fast(policy.compute, device) else _computed_in(policy, torch.float32)
+
+
+def _computed_in(policy: Policy, dtype: torch.dtype) -> Policy:
+    return dataclasses.replace(policy, compute=dtype, wire=None if dtype == policy.sent else policy.sent)

@@ -21,6 +21,7 @@ from fzero.keyed import drawing_from
 from fzero.layout import Sharded, check_not_simulated
 from fzero.marks import mark
 from fzero.pieces import join, reduce_leaf, scaled
+from fzero.products import warn_if_slow
 
 Reduce = Literal["mean", "sum"]
 
@@ -130,7 +131,11 @@ class Opened:
             # Those that are differentiated come first: their key is the one to draw from.
             order = sorted(range(len(self.nodes)), key=lambda i: not self.wanted[i])
             primals = [self.nodes[i] for i in order if isinstance(self.nodes[i], Primal)]
-            for dtype in dict.fromkeys(p.params.policy.autocast for p in primals if p.params.policy is not None):
+            policies = {p.params.policy: p.params.mesh for p in primals if p.params.policy is not None}
+            for policy, mesh in policies.items():
+                if not mesh.simulated:
+                    warn_if_slow(policy.compute if policy.autocast is None else policy.autocast, mesh.device)
+            for dtype in dict.fromkeys(policy.autocast for policy in policies):
                 if dtype is not None:
                     device = primals[0].params.mesh.device.type
                     stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
@@ -185,8 +190,10 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
             pieces.append(None)
             continue
         policy = params.placement.policy_of(path)
-        dtype = leaf.dtype if policy is None else policy.reduce
         with mark(role="reduce", leaf=path, tree=of):
+            if policy is not None and leaf.is_floating_point() and params.factor is None:
+                leaf = leaf.to(policy.sent)
+            dtype = leaf.dtype if policy is None else policy.reduce
             piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
         # Autograd gives two leaves one tensor where their gradients are equal, and pieces may be donated.
         shared = not is_functorch_wrapped(piece) and storage_id(piece) in taken
@@ -212,9 +219,10 @@ def gathered(primal: Primal) -> list[Tensor]:
             raise LayoutError(f"fz: leaf {path!r} is None: this tree holds gradients of a frozen leaf, not parameters.")
         with mark(role="gather", leaf=path, again=again, tree=of):
             policy = params.placement.policy_of(path)
-            if policy is not None and piece.is_floating_point() and params.factor is None:
-                piece = piece.to(policy.compute)
-            leaf = join(piece, spec, params.mesh)
+            if policy is None or not piece.is_floating_point() or params.factor is not None:
+                leaf = join(piece, spec, params.mesh)
+            else:
+                leaf = join(piece.to(policy.sent), spec, params.mesh).to(policy.compute)
         full.append(leaf if params.factor is None else scaled(leaf, params.factor))
     return full
 

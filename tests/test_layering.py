@@ -21,6 +21,7 @@ ORDER = [
     "mesh",
     "peers",
     "scaling",
+    "products",
     "policy",
     "pieces",
     "layout",

@@ -106,6 +106,15 @@ def test_a_budget_keeps_what_fits(keep: int) -> None:
     assert set(times.values()) <= {1, 2}
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(4 * 256, 1), (4 * 256 - 1, 0)])
+def test_a_leaf_that_is_cast_once_gathered_counts_as_what_it_is_cast_to(keep: int, kept: int) -> None:
+    params, policy = {"square": torch.zeros(16, 16)}, fz.policy("bf16", compute=torch.float32)
+    state = fz.init(params, fz.sgd(1e-2), simulated(2), policy=policy)
+    step = fz.train_step(lambda p, x: torch.tanh(torch.tanh(x @ p["square"]) @ p["square"]).sum())
+    trace = dead(raw(step, state, torch.zeros(4, 16)), Options())
+    assert gathers(recomputed(trace, keep_gathered=keep)) == {"square": 2 - kept}
+
+
 def _of_leaf(node: Any) -> bool:
     return marks_of(node).get("role") == "gather"
 

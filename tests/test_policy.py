@@ -78,6 +78,9 @@ def test_a_policy_is_a_value():
         ({"moment": torch.int32}, "moment=torch.int32 is not supported"),
         ({"compute": torch.float64}, "compute=torch.float64 is not supported"),
         ({"compute": BF16, "reduce": FP16}, "gradients in torch.bfloat16 cannot be summed in torch.float16"),
+        ({"compute": FP16, "wire": BF16}, "gathered in torch.bfloat16 cannot be computed with in torch.float16"),
+        ({"wire": BF16, "reduce": FP16}, "gradients in torch.bfloat16 cannot be summed in torch.float16"),
+        ({"wire": torch.float64}, "wire=torch.float64 is not supported"),
         ({"autocast": FP32}, "autocast=torch.float32 is not supported"),
         ({"loss_scale": 2.0**15}, "loss_scale=32768.0 has nothing to protect(.|\n)*compute=torch.float16"),
         ({"loss_scale": fz.LossScale(), "compute": BF16}, "has nothing to protect"),
@@ -107,6 +110,7 @@ def test_a_contradiction_is_refused_with_its_reason(fields, reason):
         {"param": BF16, "master": "split", "moment": torch.int8, "rounding": "stochastic"},
         {"moment": torch.int8},
         {"exempt": ("*norm*", "embed*")},
+        {"wire": FP16, "loss_scale": 128.0},
     ],
 )
 def test_what_makes_sense_is_allowed(fields):
@@ -126,6 +130,57 @@ def test_keywords_change_a_policy_of_a_name():
     p = fz.policy("bf16", autocast=BF16, exempt=["*norm*"])
     assert p == dataclasses.replace(fz.policy("bf16"), autocast=BF16, exempt=("*norm*",))
     assert fz.policy(p, exempt=()).exempt == ()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The compute dtype
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_another_compute_dtype_leaves_storage_wire_and_gradients_as_they_are(name):
+    own, wide = fz.policy(name), fz.policy(name, compute=FP32)
+    assert dataclasses.replace(wide, compute=own.compute, wire=None) == own
+    assert (wide.compute, wide.sent) == (FP32, own.compute)
+    states = [fz.init(PARAMS, fz.adamw(1e-3), fz.make_mesh("cpu"), policy=p) for p in (own, wide)]
+    assert dtypes(states[0]) == dtypes(states[1])
+    assert set(fz.call(dtypes, states[1]).values()) == {FP32, torch.int64}
+    grads = [fz.grad(lambda params: sum(x.float().sum() for x in tree.leaves(params)))(state) for state in states]
+    assert dtypes(grads[0]) == dtypes(grads[1])
+
+
+def test_what_is_gathered_has_been_rounded_to_the_wire():
+    state = fz.init({"w": torch.full((40,), 1.001)}, fz.sgd(0.1), fz.make_mesh("cpu"), policy="mixed")
+    wide = fz.init({"w": torch.full((40,), 1.001)}, fz.sgd(0.1), state.mesh, policy=fz.policy("mixed", compute=FP32))
+    assert torch.equal(fz.call(lambda p: p["w"] + 0, wide), fz.call(lambda p: p["w"].float(), state))
+    grads = fz.grad(lambda p: (1.001 * p["w"]).sum())(wide)
+    assert torch.equal(fz.gather(grads)["w"], torch.full((40,), 1.001, dtype=BF16))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_computes_in_fp32_where_products_are_slow(name, fast, monkeypatch):
+    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: fast or dtype == FP32)
+    found = fz.policy(name, compute="auto", device="cpu")
+    assert found == (fz.policy(name) if fast else fz.policy(name, compute=FP32))
+    assert fz.policy(found, compute="auto", device="cpu") == found
+    assert fz.policy(found, compute=NAMED[name][3]) == fz.policy(name)
+
+
+def test_auto_asks_about_the_device_of_the_mesh(monkeypatch):
+    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: dtype == FP32 or device.type == "cuda")
+    assert fz.policy("bf16", compute="auto", device=torch.device("cuda", 0)) == fz.policy("bf16")
+    assert fz.policy("bf16", compute="auto", device="cpu").compute == FP32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fz.policy("bf16", compute="auto").compute == FP32
+
+
+def test_auto_casts_to_nothing_slow_but_keeps_what_a_loss_scale_is_for(monkeypatch):
+    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: dtype == FP32)
+    assert fz.policy("fp32", autocast=BF16, compute="auto") == fz.policy("fp32")
+    assert fz.policy("mixed", autocast=BF16, compute=FP32).autocast == BF16
+    scaled = fz.Policy(autocast=FP16, loss_scale=128.0)
+    assert fz.policy(scaled, compute="auto") == scaled
+    assert fz.policy("fp16", autocast=FP16, compute="auto") == fz.policy("fp16", compute=FP32)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -34,13 +34,21 @@ def step_of(config: Config, **options: Any) -> Any:
 
 @functools.cache
 def traced(
-    ranks: int, stage: int, policy: str = "bf16", clip: bool = False, **options: Any
+    ranks: int, stage: int, policy: str | fz.Policy = "bf16", clip: bool = False, **options: Any
 ) -> tuple[fz.State, Program]:
     mesh = fz.make_mesh("cpu", data=ranks, simulate=True)
     optimizer = fz.chain(fz.clip_by_global_norm(1.0), fz.adamw(1e-3)) if clip else fz.adamw(1e-3)
     state = fz.init(lambda: GPT(WIDE), optimizer, mesh, fz.zero(stage), policy=policy)
     text = torch.empty(4, 17, dtype=torch.int64, device="meta")
     return state, fz.trace(step_of(WIDE, **options))(state, text)
+
+
+@pytest.mark.parametrize(("stage", "policy"), [(3, "bf16"), (1, "mixed")])
+def test_what_is_sent_does_not_depend_on_the_compute_dtype(stage: int, policy: str) -> None:
+    _, own = traced(8, stage, policy)
+    _, wide = traced(8, stage, fz.policy(policy, compute=torch.float32))
+    assert wide.traffic().by_collective == own.traffic().by_collective
+    assert wide.traffic().calls == own.traffic().calls
 
 
 def elements(state: fz.State, ranks: int) -> tuple[int, list[int]]:

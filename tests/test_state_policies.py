@@ -74,6 +74,7 @@ def policies(name: str) -> dict[str, fz.Policy]:
     return {
         "plain": policy,
         "autocast": dataclasses.replace(policy, autocast=HALF.get(name, torch.bfloat16)),
+        "in fp32": fz.policy(policy, compute=torch.float32),
         "norms exempt": fz.policy(policy, exempt=["norm.*"]),
     }
 
@@ -122,7 +123,7 @@ QUICK = {(name, 2) for name in POLICIES} | {
 )
 def test_every_policy_trains_as_plain_pytorch_at_every_stage(name: str, size: int) -> None:
     expected = in_float64()
-    variants = ("plain", "autocast") if size == 2 else ("norms exempt",) if size == 1 else ("plain",)
+    variants = ("plain", "autocast", "in fp32") if size == 2 else ("norms exempt",) if size == 1 else ("plain",)
     stages = range(4) if size == 2 else (3,)
     ranks = world.run(at_stages, name, variants, stages, size=size)
     for variant in variants:
@@ -136,7 +137,18 @@ def test_every_policy_trains_as_plain_pytorch_at_every_stage(name: str, size: in
                 assert_same_bits(result["params"], first["params"])
 
 
-@pytest.mark.parametrize("variant", ["plain", "autocast"])
+def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return trained(name, "in fp32", 3, jitted=True), trained(name, "in fp32", 3)
+
+
+@pytest.mark.parametrize(("name", "size"), [("mixed", 2), ("fp16", 2), ("bf16-8bit", 4)])
+def test_traced_and_eager_steps_give_the_same_bits_where_leaves_are_cast_once_gathered(name: str, size: int) -> None:
+    for traced, untraced in world.run(both, name, size=size):
+        del traced["losses"], untraced["losses"]  # traced, the mean over ranks
+        assert_same_bits(traced, untraced)
+
+
+@pytest.mark.parametrize("variant", ["plain", "autocast", "in fp32"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_traced_and_eager_steps_give_the_same_bits(name: str, variant: str) -> None:
     traced, untraced = trained(name, variant, 3, jitted=True), trained(name, variant, 3)

@@ -182,6 +182,7 @@ def _policy(policy: Any) -> str:
     else:
         stored = _name(policy.param) if policy.master is None else f"{_name(policy.master)} master"
     text = f"stored {stored}, moments {_name(policy.moment)}, computed in {_name(policy.compute)}"
+    text += f", sent as {_name(policy.wire)}" if policy.wire is not None else ""
     text += f" under autocast to {_name(policy.autocast)}" if policy.autocast is not None else ""
     return f"{text}, rounding {policy.rounding}{', exempt leaves' if policy.exempt else ''}"
 

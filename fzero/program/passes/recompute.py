@@ -179,7 +179,7 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
     """Give the later uses of each gathered leaf a gather of their own."""
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    plans: list[tuple[int, int, list[tuple[fx.Node, fx.Node]]]] = []
+    plans: list[tuple[int, int, int, list[tuple[fx.Node, fx.Node]]]] = []
     for gather in nodes:
         if gather.target not in GATHERS or gather not in cheap or marks_of(gather).get("role") != "gather":
             continue
@@ -191,14 +191,14 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
         if marks_of(gather).get("repeated"):  # the second gather already, that of a backward cut off
             continue
         uses = _uses(gather, cheap, order)
+        size = max((nbytes(value.meta["val"]) for value, _ in uses), default=0)  # a leaf may be cast once it is here
         if len(uses) < 2 or not any(_backward(user) for _, user in uses):
-            plans.append((len(nodes), order[gather], []))  # gathered once in any case
+            plans.append((len(nodes), order[gather], size, []))  # gathered once in any case
             continue
         gaps = [order[b[1]] - order[a[1]] for a, b in itertools.pairwise(uses)]
         widest = max(range(len(gaps)), key=gaps.__getitem__)
-        plans.append((gaps[widest], order[gather], uses[widest + 1 :]))
-    for _, at, later in sorted(plans, key=lambda plan: plan[:2]):
-        size = nbytes(nodes[at].meta["val"])
+        plans.append((gaps[widest], order[gather], size, uses[widest + 1 :]))
+    for _, at, size, later in sorted(plans, key=lambda plan: plan[:2]):
         if size <= keep:
             keep -= size
             _keep(nodes[at])
