@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import composition
+import kernels
 import lowering
 import parity
 import published
@@ -36,6 +37,13 @@ def test_the_table_is_the_measured_one():
 def test_the_table_of_the_step_is_the_measured_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
     assert f"<!-- step-cpu -->\n{markdown(record)}\n<!-- /step-cpu -->" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "table_of"), [("step-cuda", markdown), ("kernels-cuda", kernels.markdown)])
+def test_the_tables_of_a_gpu_are_the_measured_ones(name, table_of):
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- {name} -->\n{table_of(record)}\n<!-- /{name} -->" in text
 
 
 def test_the_table_of_the_lowering_is_the_measured_one():
