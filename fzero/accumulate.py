@@ -10,48 +10,64 @@ from zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero._torch import FakeTensor, disable_proxy_modes_tracing, get_proxy_mode, is_functorch_wrapped, record_call
+from fzero._torch import (
+    FakeTensor,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    is_functorch_wrapped,
+    record_call,
+    traced_node,
+)
 from fzero.autodiff import ValueAndGrad
+from fzero.batch import Batch, HasMicrobatches, check_whole, parameters_of
 from fzero.errors import BatchError, TraceError
-from fzero.layout import Placement, Sharded
 from fzero.marks import marks_of
+from fzero.peers import together
 from fzero.program.loop import Kind, part_of, run_loop
 from fzero.program.trace import check_keyed, graph_of, results
+from fzero.terms import Recipe, taken_apart
+from fzero.weights import mean_over, ranks_of, relative, weight_of
 
 
-@runtime_checkable
-class HasMicrobatches(Protocol):
-    """An argument whose random draws differ between micro-batches."""
-
-    def for_microbatch(self, index: Tensor) -> Any: ...
-
-
-def accumulate(f: Callable[..., Any], n: int) -> Callable[..., Any]:
+def accumulate(
+    f: Callable[..., Any],
+    n: int,
+    weight: Callable[..., Any] | None = None,
+    whole: int | str | Sequence[int | str] = (),
+) -> Callable[..., Any]:
     """Return a function equal to `f` that splits its batch into `n` micro-batches and averages.
 
     Args:
         f: from `fz.value_and_grad`, or a function that returns `(value, gradients)` or
             `((value, aux), gradients)` likewise. Under `fz.jit` it is traced once, for one micro-batch.
         n: the number of micro-batches.
+        weight: what a micro-batch counts, such as its number of tokens: `weight(batch)` is a number, or a tensor of
+            shape (). It is called with the arguments that are split. Value, gradients and floating-point scalars of
+            `aux` are then weighted means over the micro-batches and over the ranks, the same on every rank. Left
+            out, all count the same, and a value is this rank's own.
+        whole: positions, or names, of arguments that every micro-batch gets whole.
 
     Returns:
-        A function with the arguments and results of `f`. Differentiated arguments, and every `State` and
-        `Sharded`, are passed to each micro-batch whole. Of the others, every tensor is split along dimension 0.
+        A function with the arguments and results of `f`. Differentiated arguments, every `State` and `Sharded`, and
+        those of `whole` are passed to each micro-batch whole, and so are tensors of shape () and what is no tensor.
+        All other tensors are split along dimension 0, whatever tree they stand in.
         Value and gradients are means over the micro-batches; gradients of a `State` stay sharded and are summed
         in the policy's `reduce` dtype. Of `aux`, floating-point scalars are averaged, integer scalars added up,
-        and tensors with dimensions concatenated along dimension 0.
+        and tensors with dimensions concatenated along dimension 0. Where all weights are zero, so are value and
+        gradients.
 
     Raises:
-        BatchError: from the call: a tensor of the batch does not split into `n`.
-        TraceError: from the call under `fz.jit`: `f` closes over a tensor that is being traced.
+        BatchError: from the call: a tensor of the batch does not split into `n`, an argument holds tensors where
+            they are not seen, or nothing can be split.
+        TypeError: `weight` with a function that is not of `fz.value_and_grad`; from the call: it gives no number.
+        TraceError: from the call under `fz.jit`: `f` closes over a tensor that is being differentiated.
 
     Example:
         >>> from fzero.autodiff import value_and_grad
@@ -61,34 +77,76 @@ def accumulate(f: Callable[..., Any], n: int) -> Callable[..., Any]:
     """
     if not isinstance(n, int) or n < 1:
         raise BatchError(f"fz.accumulate: n must be a whole number of at least 1, got {n!r}.")
-    whole_positions = f.differentiated if isinstance(f, ValueAndGrad) else (0,)
+    if weight is not None and not isinstance(f, ValueAndGrad):
+        raise TypeError(
+            "fz.accumulate: weight= has to reach the cotangent, before ranks meet: pass what fz.value_and_grad "
+            f"returned, and not {getattr(f, '__name__', tree.describe(f))}, which is around it."
+        )
+    differentiated = f.differentiated if isinstance(f, ValueAndGrad) else (0,)
+    function = f.f if isinstance(f, ValueAndGrad) else f
+    names = parameters_of(function)
+    chosen = check_whole((whole,) if isinstance(whole, int | str) else tuple(whole), function)
 
-    def accumulated(*args: Any) -> Any:
-        batch_at = [i for i, a in enumerate(args) if i not in whole_positions and not _is_whole(a)]
-        whole, _, whole_tree = tree.split([None if i in batch_at else a for i, a in enumerate(args)])
-        batch, _, batch_tree = tree.split([args[i] for i in batch_at])
-        _check_batch(batch_tree, batch, batch_at, n)
-        recipes: list[_Recipe] = []
+    def accumulated(*args: Any, **kwargs: Any) -> Any:
+        batch = Batch.of(args, kwargs, n, differentiated, chosen, names)
+        recipes: list[Recipe] = []
 
-        def body(inputs: list[Tensor]) -> list[Tensor]:
+        def body(inputs: list[Tensor], weights: Tensor | None = None) -> list[Tensor]:
             index, rest = inputs[0], inputs[1:]
-            arguments = whole_tree.fill(rest[: len(whole)])
-            for position, part in zip(batch_at, batch_tree.fill(rest[len(whole) :]), strict=True):
-                arguments[position] = part
-            recipe, terms = _taken_apart(
-                f(*(_for_microbatch(a, index) for a in arguments)), keep_factor=isinstance(f, ValueAndGrad)
-            )
+            positional, keywords = batch.arguments(rest[: len(batch.whole)], rest[len(batch.whole) :])
+            positional = [_for_microbatch(a, index) for a in positional]
+            keywords = {name: _for_microbatch(a, index) for name, a in keywords.items()}
+            if weights is None:
+                result = f(*positional, **keywords)
+            else:
+                assert isinstance(f, ValueAndGrad), "checked above"
+                result = f.weighted(weights, *positional, **keywords)
+            recipe, terms = taken_apart(result, keep_factor=isinstance(f, ValueAndGrad), weight=weights)
             recipes[:] = [recipe]
             return terms
 
-        index = torch.arange(n, dtype=torch.int32, device=_device(whole, batch))
-        if get_proxy_mode() is None or any(is_functorch_wrapped(x) for x in (*whole, *batch)):
-            terms = _run(body, lambda: recipes[0].kinds, index, whole, batch)
-        else:
-            terms = _record(body, lambda: recipes[0].kinds, index, whole, batch)
-        return recipes[0].finish(terms, n)
+        def weighted(inputs: list[Tensor]) -> list[Tensor]:
+            return body(inputs[:-1], inputs[-1].reshape(()))
+
+        index = torch.arange(n, dtype=torch.int32, device=_device(batch.whole, batch.split))
+        if weight is None:
+            terms = _loop(body, lambda: recipes[0].kinds, index, batch.whole, batch.split)
+            return recipes[0].finish(terms, n)
+        ranks = ranks_of([args[i] for i in differentiated if i < len(args)])
+        with together("fz.accumulate"):
+            weights = relative(_weights(weight, index, batch.only_counted()), ranks)
+        # A single micro-batch needs no loop.
+        loop = _loop if n > 1 else _run
+        terms = loop(weighted, lambda: recipes[0].kinds, index, batch.whole, [*batch.split, weights])
+        value, gradients = recipes[0].finish(terms, n)
+        return mean_over(ranks, value, has_aux=recipes[0].has_aux), gradients
 
     return accumulated
+
+
+def _weights(weight: Callable[..., Any], index: Tensor, batch: Batch) -> Tensor:
+    """Return what each micro-batch counts."""
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        rest = inputs[1:]
+        positional, keywords = batch.arguments(rest[: len(batch.whole)], rest[len(batch.whole) :])
+        return [weight_of(weight(*positional, **keywords), index.device)]
+
+    loop = _loop if index.shape[0] > 1 else _run
+    (weights,) = loop(body, lambda: ["stack"], index, batch.whole, batch.split)
+    return weights
+
+
+def _loop(
+    body: Callable[[list[Tensor]], list[Tensor]],
+    kinds: Callable[[], Sequence[Kind]],
+    index: Tensor,
+    whole: Sequence[Tensor],
+    batch: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run the body for each micro-batch: now, or as a node of the graph that is being traced."""
+    traced = get_proxy_mode() is not None and not any(is_functorch_wrapped(x) for x in (*whole, *batch))
+    return (_record if traced else _run)(body, kinds, index, whole, batch)
 
 
 def _run(
@@ -133,9 +191,9 @@ def _record(
     n = index.shape[0]
     with disable_proxy_modes_tracing():
         parts = [part_of(x, 0, n) for x in batch]
-        module = graph_of(lambda *inputs: body(list(inputs)), [index[0], *whole, *parts])
+        module = graph_of(lambda *inputs: _undifferentiated(body(list(inputs))), [index[0], *whole, *parts])
         check_keyed(module)
-        _check_closed(module)
+        closed = _closed_over(module, 1 + len(whole))
         known = tuple(kinds())
         _add_up(module, known)
         shapes = [
@@ -148,7 +206,10 @@ def _record(
         for total, kind in zip(totals, known, strict=True)
         if kind == "sum"
     ]
-    return record_call(run_loop, (module, known, index, sums, list(whole), list(batch)), totals)
+    for tensor in closed:
+        if traced_node(tensor) is None:
+            raise _closes_over(tensor, "another trace computes")
+    return record_call(run_loop, (module, known, index, sums, [*whole, *closed], list(batch)), totals)
 
 
 def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:
@@ -172,135 +233,41 @@ def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:
     module.meta["donated"] = frozenset(range(sum(kind == "sum" for kind in kinds)))
 
 
-@dataclass(frozen=True)
-class _GradientNode:
-    """A `Sharded` among the results: its pieces are summed, its factor is kept."""
-
-    placement: Placement
-    dtypes: tuple[torch.dtype | None, ...]
-
-    @property
-    def kinds(self) -> list[Kind]:
-        sums: list[Kind] = ["sum" for dtype in self.dtypes if dtype is not None]
-        return [*sums, "same"]
-
-    def finish(self, totals: Iterator[Tensor], n: int) -> Sharded:
-        pieces = tuple(None if dtype is None else next(totals).to(dtype) for dtype in self.dtypes)
-        return Sharded(pieces, self.placement, next(totals) / n)
-
-
-@dataclass(frozen=True)
-class _TensorNode:
-    """A plain tensor among the results."""
-
-    dtype: torch.dtype
-    kind: Kind
-
-    @property
-    def kinds(self) -> list[Kind]:
-        return [self.kind]
-
-    def finish(self, totals: Iterator[Tensor], n: int) -> Tensor:
-        total = next(totals)
-        return (total / n).to(self.dtype) if self.kind == "sum" and self.dtype.is_floating_point else total
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How totals of terms become a result like that of one micro-batch."""
-
-    treedef: tree.TreeDef
-    nodes: tuple[Any, ...]
-    has_aux: bool
-
-    @property
-    def kinds(self) -> list[Kind]:
-        return [k for node in self.nodes if isinstance(node, _GradientNode | _TensorNode) for k in node.kinds]
-
-    def finish(self, totals: Sequence[Tensor], n: int) -> Any:
-        rest = iter(totals)
-        nodes = [x.finish(rest, n) if isinstance(x, _GradientNode | _TensorNode) else x for x in self.nodes]
-        value, aux, gradients = tree.unflatten(self.treedef, nodes)
-        return ((value, aux), gradients) if self.has_aux else (value, gradients)
-
-
-def _taken_apart(result: Any, *, keep_factor: bool) -> tuple[_Recipe, list[Tensor]]:
-    """Return how to put a micro-batch's result together, and the terms that it adds to.
-
-    Gradients of `value_and_grad` carry the same factor each round, so their pieces add up as they are.
-    Another function may give each round a factor of its own, and is summed in true values.
-    """
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise TypeError(
-            f"fz.accumulate: f must return (value, gradients) or ((value, aux), gradients), as fz.value_and_grad "
-            f"does; it returned {tree.describe(result)}."
-        )
-    value, gradients = result
-    has_aux = isinstance(value, tuple) and len(value) == 2
-    value, aux = value if has_aux else (value, None)
-    leaves, treedef = tree.flatten((value, aux, gradients), is_leaf=lambda x: isinstance(x, Sharded))
-    aux_from = len(tree.leaves(value))
-    aux_to = aux_from + len(tree.leaves(aux, is_leaf=lambda x: isinstance(x, Sharded)))
-    nodes: list[Any] = []
-    terms: list[Tensor] = []
-    for at, leaf in enumerate(leaves):
-        if isinstance(leaf, Sharded):
-            nodes.append(_GradientNode(leaf.placement, tuple(None if p is None else p.dtype for p in leaf.pieces)))
-            terms += _gradient_terms(leaf, keep_factor)
-        elif isinstance(leaf, Tensor):
-            stacked = aux_from <= at < aux_to and leaf.ndim > 0
-            nodes.append(_TensorNode(leaf.dtype, "stack" if stacked else "sum"))
-            wide = leaf.is_floating_point() and not stacked
-            terms.append(leaf.to(torch.promote_types(leaf.dtype, torch.float32)) if wide else leaf)
-        else:
-            nodes.append(leaf)
-    return _Recipe(treedef, tuple(nodes), has_aux), terms
-
-
-def _gradient_terms(gradient: Sharded, keep_factor: bool) -> list[Tensor]:
-    factor = gradient.multiplier
-    terms = []
-    for path, piece in zip(gradient.paths, gradient.pieces, strict=True):
-        if piece is not None:
-            policy = gradient.placement.policy_of(path)
-            dtype = piece.dtype if policy is None else policy.reduce
-            wide = torch.promote_types(piece.dtype, torch.float32)
-            terms.append(piece.to(dtype) if keep_factor else (piece.to(wide) * factor).to(dtype))
-    return [*terms, factor if keep_factor else torch.ones_like(factor)]
-
-
-def _is_whole(argument: Any) -> bool:
-    is_node = lambda x: isinstance(x, (Sharded, HasMicrobatches))  # noqa: E731
-    return any(is_node(node) for node in tree.leaves(argument, is_leaf=is_node))
-
-
 def _for_microbatch(argument: Any, index: Tensor) -> Any:
     is_node = lambda x: isinstance(x, HasMicrobatches)  # noqa: E731
     return tree.map(lambda x: x.for_microbatch(index) if is_node(x) else x, argument, is_leaf=is_node)
 
 
-def _check_batch(batch: tree.Hollow, leaves: Sequence[Tensor], positions: Sequence[int], n: int) -> None:
-    paths = tree.structure_paths(batch.treedef)
-    paths = [p for p, slot in zip(paths, batch.slots, strict=True) if isinstance(slot, tree.Slot)]
-    for path, leaf in zip(paths, leaves, strict=True):
-        if leaf.ndim == 0 or leaf.shape[0] % n:
-            first, _, rest = path.partition(".")
-            where = f"argument {positions[int(first)]}" + (f", {rest!r}" if rest else "")
-            size = "no dimension" if leaf.ndim == 0 else f"{leaf.shape[0]} rows"
-            raise BatchError(
-                f"fz.accumulate: {where} has {size} (shape {tuple(leaf.shape)}), which do not split into {n} "
-                f"micro-batches. Choose a number that divides them; pass constants as numbers, or close over them."
-            )
-
-
-def _check_closed(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        value = getattr(module, str(node.target)) if node.op == "get_attr" else None
+def _closed_over(module: fx.GraphModule, at: int) -> list[Tensor]:
+    """Return what a body closes over of the trace around it; the body gets it as inputs, from the one at `at` on."""
+    graph = module.graph
+    found: list[Tensor] = []
+    last = [node for node in graph.nodes if node.op == "placeholder"][at - 1]
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(module, str(node.target))
         if isinstance(value, FakeTensor):
-            raise TraceError(
-                f"fz.accumulate: the function closes over a tensor of shape {tuple(value.shape)} that the step "
-                f"computes. Pass it as an argument."
-            )
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"closed_{len(found)}")
+            last.meta = {**node.meta, "val": value}
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
+            found.append(value)
+    return found
+
+
+def _undifferentiated(terms: list[Tensor]) -> list[Tensor]:
+    """Return the terms of a body, if no transform around the loop differentiates what it closes over."""
+    for term in terms:
+        if is_functorch_wrapped(term):
+            raise _closes_over(term, "is being differentiated")
+    return terms
+
+
+def _closes_over(tensor: Tensor, what: str) -> TraceError:
+    return TraceError(
+        f"fz.accumulate: the function closes over a tensor of {tree.describe(tensor)} that {what}. Pass it as an "
+        f"argument, which every micro-batch gets whole if it has no dimension, or is named in whole=."
+    )
 
 
 def _outputs(module: fx.GraphModule) -> list[Tensor]:

@@ -89,7 +89,7 @@ def vjp(
 @together("fz.vjp")
 def _vjp(
     f: Callable[..., Any], arguments: Sequence[Any], positions: tuple[int, ...], *, has_aux: bool, reduce: Reduce
-) -> tuple[Any, Pullback, Any]:
+) -> tuple[Any, Callable[..., tuple[Any, ...]], Any]:
     """`vjp` with respect to the arguments at `positions`; the others are opened for `f` all the same."""
     if reduce not in ("mean", "sum"):
         raise ValueError(f"fz.vjp: reduce={reduce!r}; expected 'mean' or 'sum'.")
@@ -127,7 +127,7 @@ def _vjp(
     plain = not any(_is_tracked(x) for x in leaves)
 
     @together("pullback")
-    def pullback(cotangent: Any) -> tuple[Any, ...]:
+    def pullback(cotangent: Any, counts: Tensor | None = None) -> tuple[Any, ...]:
         opened.check_not_donated()
         cotangents = check_cotangent(expected, cotangent)
         if opened.scale is not None:
@@ -138,7 +138,7 @@ def _vjp(
         with mark(phase="backward"), torch.no_grad() if last_order else contextlib.nullcontext():
             mark_line()
             for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
-                gradients[i] = gradient
+                gradients[i] = gradient if counts is None else torch.where(counts, gradient, 0)
             return opened.gradients(gradients, reduce)
 
     return output, pullback, aux
@@ -159,6 +159,13 @@ class ValueAndGrad:
         return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.weighted(None, *args, **kwargs)
+
+    def weighted(self, weight: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, with the gradient of `weight` times the value: a number of shape () for each rank.
+
+        Where it is zero so is this rank's part of the gradient, even if the value is a mean over nothing.
+        """
         refuse_dynamo("fz.value_and_grad")
         for position in self.differentiated:
             if not 0 <= position < len(args):
@@ -183,7 +190,8 @@ class ValueAndGrad:
                 f"fz.value_and_grad: f must return one scalar, and it returned {got}. "
                 f"Reduce it inside f, return (scalar, aux) with has_aux=True, or use fz.vjp with a cotangent."
             )
-        gradients = pullback(torch.ones_like(value))
+        one = torch.ones_like(value)
+        gradients = pullback(one) if weight is None else pullback(one * weight.to(value.dtype), weight != 0)
         gradient = gradients[0] if isinstance(self.argnums, int) else gradients
         if self.only_grad:
             return (gradient, aux) if self.has_aux else gradient

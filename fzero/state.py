@@ -230,6 +230,7 @@ def train_step(
     donate: bool = True,
     skip: Skip | None = None,
     has_aux: bool = False,
+    weight: Callable[..., Any] | None = None,
     **jit_options: Any,
 ) -> Jitted:
     """Return `step(state, batch) -> (state, metrics)`, jitted.
@@ -241,6 +242,8 @@ def train_step(
         donate: reuse the old state's memory; reading the old state afterwards raises `DonatedError`.
         skip: see `apply_gradients`.
         has_aux: `aux` is a dict of tensors, which join the metrics.
+        weight: `weight(batch)` is what a micro-batch counts, such as its number of tokens. Gradients, loss and
+            floating-point scalars of `aux` are then weighted means over micro-batches and ranks, see `accumulate`.
         **jit_options: for `fz.jit`.
 
     Returns:
@@ -257,7 +260,7 @@ def train_step(
         (tensor([0.5000, 0.0000]), tensor(3.))
     """
     gradient = value_and_grad(loss_fn, has_aux=has_aux)
-    total = gradient if microbatches == 1 else accumulate(gradient, microbatches)
+    total = gradient if microbatches == 1 and weight is None else accumulate(gradient, microbatches, weight)
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         value, grads = total(state, batch)
@@ -267,8 +270,10 @@ def train_step(
         state, info = apply_gradients(state, grads, skip)
         if taken := aux.keys() & {"loss", *info}:
             raise ValueError(f"fz.train_step: aux must not name {sorted(taken)}, which the step's own metrics do.")
-        local = mean_over_ranks({"loss": loss, **aux}, state.mesh, state.layout.data_axes)
-        return state, {"loss": local.pop("loss"), **info, **local}
+        means = {"loss": loss, **aux}
+        if weight is None:  # else they are means over ranks already
+            means = mean_over_ranks(means, state.mesh, state.layout.data_axes)
+        return state, {"loss": means.pop("loss"), **info, **means}
 
     functools.update_wrapper(step, loss_fn, assigned=("__doc__",), updated=())
     step.__name__ = step.__qualname__ = f"train_step({getattr(loss_fn, '__name__', 'loss_fn')})"

@@ -3,8 +3,9 @@
 A `State` and a `Sharded` are nodes of this namespace: `leaves`, `map` and `paths` open them into their
 tensors. Under plain `optree` or in another namespace they are leaves.
 
-`None` is an empty subtree, as in JAX. Dataclasses, the output classes of libraries that registered them with
-torch, and the key-value caches of Transformers, are opened on first sight.
+`None` is an empty subtree, as in JAX. Mappings of any class, dataclasses, classes of attrs, the output classes of
+libraries that registered them with torch, and the key-value caches of Transformers, are opened on first sight, and
+rebuilt as the same class.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from fzero._torch import torch_nodes
 from fzero.errors import TreeError
+from fzero.nodes import Node, node_of
 
 NAMESPACE = "fzero"
 
@@ -55,11 +56,11 @@ def flatten(
     """
     while True:
         leaves, treedef = optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
-        closed = [cls for cls in dict.fromkeys(type(leaf) for leaf in leaves) if _can_open(cls)]
+        closed = [(cls, how) for cls in dict.fromkeys(type(leaf) for leaf in leaves) if (how := _closed(cls))]
         if not closed:
             return leaves, treedef
-        for cls in closed:
-            _open(cls, next(leaf for leaf in leaves if type(leaf) is cls))
+        for cls, how in closed:
+            register(cls, *how)
 
 
 def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
@@ -237,62 +238,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
-def _can_open(cls: type) -> bool:
+def _closed(cls: type) -> Node | None:
+    """Return how a class opens that has not been opened yet; `None` for all others."""
     if issubclass(cls, Tensor) or optree.register_pytree_node.get(cls, namespace=NAMESPACE) is not None:
-        return False
-    return dataclasses.is_dataclass(cls) or cls in torch_nodes() or _is_cache(cls)
-
-
-def _is_cache(cls: type) -> bool:
-    """Return whether a class is one of those in which a language model of Transformers hands out keys and values.
-
-    They are plain objects to torch. As leaves they would carry tensors past a pullback and out of a trace.
-    """
-    return any(base.__module__ == "transformers.cache_utils" for base in cls.__mro__)
-
-
-def _open(cls: type, example: Any) -> None:
-    if cls in torch_nodes():
-        node = torch_nodes()[cls]
-
-        def flatten_torch(instance: Any) -> tuple[Sequence[Any], Any, Sequence[str]]:
-            children, context = node.flatten_fn(instance)
-            names = list(instance) if isinstance(instance, Mapping) else [str(i) for i in range(len(children))]
-            return children, _Context(context), names
-
-        register(cls, flatten_torch, lambda static, children: node.unflatten_fn(list(children), static.value))
-    elif isinstance(example, Mapping):
-        register(cls, lambda m: (list(m.values()), tuple(m), list(m)), lambda keys, xs: cls(zip(keys, xs, strict=True)))
-    elif dataclasses.is_dataclass(cls):
-        names = tuple(field.name for field in dataclasses.fields(cls))
-        register(cls, lambda x: ([getattr(x, n) for n in names], None, names), lambda _, xs: _instance(cls, names, xs))
-    else:
-        register(
-            cls,
-            lambda x: (list(vars(x).values()), tuple(vars(x)), list(vars(x))),
-            lambda names, xs: _instance(cls, names, xs),
-        )
-
-
-def _instance(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
-    """Return an object with these attributes; its `__init__`, which may check or count, is not run again."""
-    instance: Any = object.__new__(cls)
-    for name, value in zip(names, values, strict=True):
-        object.__setattr__(instance, name, value)
-    return instance
-
-
-class _Context:
-    """What torch's registry calls the context of a node: made hashable, so that it can be static data."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and self.value == other.value
-
-    def __hash__(self) -> int:
-        return hash(repr(self.value))
-
-    def __repr__(self) -> str:
-        return repr(self.value)
+        return None
+    return node_of(cls)

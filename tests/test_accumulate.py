@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict, UserDict
 from functools import partial
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 import fzero as fz
 from tests import small, world
@@ -113,6 +118,66 @@ def test_the_batch_is_any_tree_and_what_is_no_tensor_goes_to_every_micro_batch()
     p, batch = torch.tensor(2.0), {"x": [inputs()[0]], "y": torch.arange(8.0), "name": "batch"}
     function = fz.value_and_grad(f)
     assert_close(fz.accumulate(function, 4)(p, batch, 2, None), function(p, batch, 2, None), rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    x: Tensor
+    name: str = "rows"
+
+
+class Named(NamedTuple):
+    x: Tensor
+
+
+class Items(dict[str, Any]):
+    """A dict with a constructor of its own."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x=x)
+
+
+CONTAINERS: dict[str, Any] = {
+    "dict": lambda x: {"x": x},
+    "ordered": lambda x: OrderedDict(x=x),
+    "user dict": lambda x: UserDict(x=x),
+    "read-only": lambda x: MappingProxyType({"x": x}),
+    "subclass": Items,
+    "Transformers": lambda x: BatchEncoding({"x": x}),
+    "dataclass": Rows,
+    "named tuple": Named,
+    "namespace": lambda x: SimpleNamespace(x=x),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, fz.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+def test_a_batch_is_split_in_any_container_and_stays_one(make, transform):
+    kind, rows = type(make(torch.zeros(8))), []
+
+    def f(p: Tensor, batch: Any) -> Tensor:
+        assert type(batch) is kind
+        x = batch["x"] if hasattr(batch, "keys") else batch.x
+        rows.append(len(x))
+        return (p * x).mean()
+
+    got = transform(fz.accumulate(fz.value_and_grad(f), 4))(torch.tensor(2.0), make(torch.arange(8.0)))
+    assert got == (7.0, 3.5)
+    assert set(rows) == {2}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, fz.jit], ids=["eager", "jit"])
+def test_numbers_and_what_is_named_go_whole(transform):
+    def f(p: Tensor, batch: Any, table: Tensor, *, shift: Tensor, y: Tensor) -> Tensor:
+        assert (batch["x"].shape, table.shape, shift.shape, y.shape) == ((2,), (3,), (), (2,))
+        return (p * batch["x"] * batch["scale"] * table.sum() + y + shift).mean()
+
+    batch = {"x": torch.arange(8.0), "scale": torch.tensor(2.0)}
+    call = (torch.tensor(2.0), batch, torch.ones(3)), {"shift": torch.tensor(1.0), "y": torch.arange(8.0)}
+    function = fz.value_and_grad(f)
+    expected = fz.value_and_grad(lambda p: p * 3.5 * 6 + 4.5)(torch.tensor(2.0))
+    for whole in (2, "table", ("table",), (2,)):
+        assert transform(fz.accumulate(function, 4, whole=whole))(*call[0], **call[1]) == expected
 
 
 def test_differentiated_arguments_are_whole_wherever_they_stand():
@@ -269,12 +334,51 @@ def test_n_is_a_whole_number_of_at_least_one(n):
         fz.accumulate(fz.value_and_grad(loss), n)
 
 
+class Hides:
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+
 BATCHES: dict[str, tuple[Any, str]] = {
     "a bare tensor": (torch.ones(6), r"argument 1 has 6 rows \(shape \(6,\)\).*into 4"),
-    "no rows": (torch.tensor(1.0), r"argument 1 has no dimension \(shape \(\)\)"),
+    "no rows": (torch.tensor(1.0), r"nothing can be split into 4 micro-batches: argument 1 is float32\(\)"),
+    "no tensor": ({"a": 1}, r"nothing can be split into 4 micro-batches: argument 1 is dict"),
     "inside a tree": ({"a": torch.ones(8), "b": [torch.ones(7, 2)]}, r"argument 1, 'b\.0' has 7 rows \(shape \(7, 2\)"),
-    "one of several": ({"a": torch.ones(8), "scale": torch.tensor(1.0)}, r"argument 1, 'scale' has no dimension"),
 }
+
+# What holds tensors where they are not seen would go whole to every micro-batch.
+HIDDEN: dict[str, tuple[Any, str]] = {
+    "an object": (Hides(torch.ones(8)), r"argument 1 is a Hides, which holds a tensor of float32\(8,\)"),
+    "inside a tree": ({"a": torch.ones(8), "b": Hides([torch.ones(8)])}, r"argument 1, 'b' is a Hides.*whole="),
+    "a set": ({"a": torch.ones(8), "b": {torch.ones(8)}}, "argument 1, 'b' is a set"),
+    "an array": (np.ones(8), r"argument 1 is a ndarray, and only tensors are split.*torch\.as_tensor"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_tensors_that_are_not_seen_are_refused(name):
+    batch, message = HIDDEN[name]
+    function = fz.accumulate(fz.value_and_grad(lambda p, batch: p * 2), 4)
+    with pytest.raises(fz.BatchError, match=message):
+        function(torch.tensor(1.0), batch)
+    whole = fz.accumulate(fz.value_and_grad(lambda p, batch: p * 2), 4, whole=1)
+    assert whole(torch.tensor(1.0), batch) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (-1, "expected positions"),
+        ((True,), "expected positions"),
+        ("teachers", "takes p, batch, teacher. Did you mean 'teacher'"),
+        ((7,), r"names 7, and the call has the arguments \[0, 1, 2\]"),
+    ],
+)
+def test_whole_names_an_argument(whole, message):
+    with pytest.raises(fz.BatchError, match=message):
+        fz.accumulate(fz.value_and_grad(lambda p, batch, teacher: p * 2), 4, whole=whole)(
+            torch.tensor(1.0), torch.ones(8), torch.ones(3)
+        )
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, fz.jit], ids=["eager", "jit"])
@@ -293,13 +397,23 @@ def test_the_error_counts_arguments_as_the_caller_does():
         function(torch.ones(8), torch.tensor(1.0), torch.ones(7))
 
 
-def test_closing_over_a_tensor_that_the_step_computes_is_refused():
+def test_what_the_step_computes_may_be_closed_over():
     def step(p: Tensor, x: Tensor) -> Any:
-        scale = x.mean()
-        return fz.accumulate(fz.value_and_grad(lambda p, x: (p * x).mean() * scale), 2)(p, x)
+        scale, rows = x.mean(), x.cumsum(0)
+        return fz.accumulate(fz.value_and_grad(lambda p, x: (p * x).mean() * scale + rows.sum()), 2)(p, x)
 
-    with pytest.raises(fz.TraceError, match=r"closes over a tensor of shape \(\).*Pass it as an argument"):
-        fz.jit(step)(torch.tensor(2.0), torch.arange(8.0))
+    arguments = torch.tensor(2.0), torch.arange(8.0)
+    small.assert_same_bits(fz.jit(step)(*arguments), step(*arguments))
+
+
+def test_closing_over_a_tensor_that_is_differentiated_is_refused_in_a_trace():
+    def outer(scale: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        return fz.accumulate(fz.value_and_grad(lambda p, x: (p * x).mean() * scale), 2)(p, x)[1]
+
+    arguments = torch.tensor(3.0), torch.tensor(2.0), torch.arange(8.0)
+    assert fz.grad(outer)(*arguments) == 3.5
+    with pytest.raises(fz.TraceError, match=r"closes over a tensor of .* being differentiated.*Pass it as an argument"):
+        fz.jit(fz.grad(outer))(*arguments)
 
 
 def test_closing_over_a_constant_is_fine():

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "fzero"
 
 # A file imports only from entries above its own; a package is one entry. Files on one line are one entry.
 ORDER = [
+    "nodes",
     "tree",
     "marks",
     "display",
@@ -46,6 +47,9 @@ ORDER = [
     "residuals",
     "split",
     "remat",
+    "batch",
+    "weights",
+    "terms",
     "accumulate",
     "optim",
     "cut",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import optree
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
 import fzero as fz
 from fzero import tree
+from fzero._torch import torch_pytree
 
 # torch compiles its jvp rules with torch.jit.script on first use, which warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -53,9 +57,40 @@ class Child(Pair):
     extra: Any = 5
 
 
+@dataclass
+class Extended(Pair):
+    """Has attributes that are no fields."""
+
+    def __post_init__(self) -> None:
+        self.right, self.more = 2, 3
+
+
+class Items(dict[str, Any]):
+    """Its constructor takes a list."""
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(zip(map(str, range(len(items))), items, strict=True))
+
+
 class Point(NamedTuple):
     x: Any
     y: Any = None
+
+
+class Sealed(Mapping[str, Any]):
+    """Cannot be made of its items."""
+
+    def __init__(self, seal: int, **items: Any) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
 
 
 TREES: dict[str, tuple[Any, list[str], list[Any]]] = {
@@ -73,6 +108,13 @@ TREES: dict[str, tuple[Any, list[str], list[Any]]] = {
     "dataclass with slots": (Slotted(1, 2), ["left", "right"], [1, 2]),
     "dataclass with a field of its own": (Counted(7), ["left", "calls"], [7, 1]),
     "inherited dataclass": (Child(1, 2), ["left", "right", "extra"], [1, 2, 5]),
+    "dataclass with more than its fields": (Extended(1), ["left", "right", "more"], [1, 2, 3]),
+    "mapping": (collections.UserDict(b=1, a=2), ["b", "a"], [1, 2]),
+    "read-only mapping": (MappingProxyType({"b": 1, "a": 2}), ["b", "a"], [1, 2]),
+    "chained mapping": (collections.ChainMap({"b": 1}, {"a": 2}), ["a", "b"], [2, 1]),
+    "subclass of dict": (Items([1, 2]), ["0", "1"], [1, 2]),
+    "mapping of Transformers": (BatchEncoding({"b": 1, "a": 2}), ["b", "a"], [1, 2]),
+    "namespace": (SimpleNamespace(b=1, a=2), ["b", "a"], [1, 2]),
     "class inside a class": (
         {"a": [Frozen(Slotted(1, 2), 3)]},
         ["a.0.left.left", "a.0.left.right", "a.0.right"],
@@ -127,6 +169,29 @@ def test_map_takes_trees_side_by_side():
 def test_map_names_where_trees_differ(other, message):
     with pytest.raises(fz.TreeError, match=f"fz.tree.map(.|\n)*{message}"):
         tree.map(lambda x, y: x, {"a": 1, "b": {"c": 2}}, other)
+
+
+def test_a_dict_keeps_what_else_it_carries():
+    given = Items([torch.ones(2)])
+    given.lengths, given.name, given.opaque = torch.ones(3), "batch", object()  # type: ignore[attr-defined]
+    assert tree.paths(given) == ["0", "lengths"]
+    doubled = tree.map(lambda x: 2 * x, given)
+    assert (doubled["0"].sum(), doubled.lengths.sum(), doubled.name) == (4, 6, "batch")
+    assert not hasattr(doubled, "opaque")
+    assert tree.structure(doubled) == tree.structure(given)
+
+
+def test_a_mapping_that_cannot_be_made_again_says_so():
+    assert tree.leaves(Sealed(1, a=2)) == [2]
+    with pytest.raises(fz.TreeError, match=r"Sealed is a mapping whose constructor.*Pass a dict"):
+        tree.map(lambda x: x, Sealed(1, a=2))
+
+
+def test_other_users_of_optree_and_torch_see_nothing_of_it():
+    batch = BatchEncoding({"a": torch.ones(2)})
+    assert tree.paths(batch) == ["a"]
+    assert len(optree.tree_leaves(batch)) == 1  # type: ignore[arg-type]
+    assert len(torch_pytree.tree_leaves(batch)) == 1
 
 
 def test_outputs_of_hugging_face_models_open():
