@@ -10,7 +10,6 @@ returns another.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -275,7 +274,7 @@ def train_step(
             means = mean_over_ranks(means, state.mesh, state.layout.data_axes)
         return state, {"loss": means.pop("loss"), **info, **means}
 
-    functools.update_wrapper(step, loss_fn, assigned=("__doc__",), updated=())
+    step.__doc__ = getattr(loss_fn, "__doc__", None)
     step.__name__ = step.__qualname__ = f"train_step({getattr(loss_fn, '__name__', 'loss_fn')})"
     return jit(step, donate=(0,) if donate else (), **jit_options)
 

@@ -95,10 +95,10 @@ def first_call(kind: str, odd: int) -> tuple[str, str, float]:
 
 # What is different, how the others have it, and how the odd one.
 FIRST_CALLS = {
-    "a shape": (r"1: ", r"has float32\(4, 64\)", r"has float32\(2, 64\)"),
-    "a dtype": (r"1: ", r"has float32\(64,\)", r"has float64\(64,\)"),
-    "a leaf": (r"1\.y: ", r"has nothing", r"has float32\(64,\)"),
-    "a number": (r"1\.scale: ", r"has 2\.0", r"has 3\.0"),
+    "a shape": (r"batch: ", r"has float32\(4, 64\)", r"has float32\(2, 64\)"),
+    "a dtype": (r"batch: ", r"has float32\(64,\)", r"has float64\(64,\)"),
+    "a leaf": (r"batch\.y: ", r"has nothing", r"has float32\(64,\)"),
+    "a number": (r"batch\.scale: ", r"has 2\.0", r"has 3\.0"),
     "a function": ("", r"traced train_step\(loss\) \(call 1\)", r"traced train_step\(halved\) \(call 1\)"),
     "a constant": (
         r"line \d+ of the program: ",
@@ -209,7 +209,7 @@ def test_a_rank_that_traces_alone_is_named_on_every_rank(size: int, odd: int, ot
     results = world.run(later_call, odd, others_trace, size=size)
     for kind, message, seconds in results:
         assert kind == "ProgramMismatchError", message
-        assert "train_step(loss) (call 3) (1: float32(4, 64) on cpu -> float32(2, 64) on cpu)" in message
+        assert "train_step(loss) (call 3) (batch: float32(4, 64) on cpu -> float32(2, 64) on cpu)" in message
         assert seconds < DEADLINE + MARGIN
 
 

@@ -109,12 +109,12 @@ def double(x: Any, scale: Any = 2) -> Any:
 
 A = torch.arange(6.0)
 NEW_TRACES: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...], dict[str, Any], str]] = {
-    "a shape": (({"x": A},), {}, ({"x": A[:4]},), {}, r"0\.x: float32\(6,\) on cpu -> float32\(4,\) on cpu"),
-    "a dtype": ((A,), {}, (A.double(),), {}, r"0: float32\(6,\) on cpu -> float64\(6,\) on cpu"),
-    "strides": ((A.view(2, 3),), {}, (A.view(3, 2).T,), {}, r"0: float32\(2, 3\) on cpu -> .* strides \(1, 2\)"),
-    "a number": ((A, 2.0), {}, (A, 3.0), {}, r"1: 2\.0 -> 3\.0"),
+    "a shape": (({"x": A},), {}, ({"x": A[:4]},), {}, r"x\.x: float32\(6,\) on cpu -> float32\(4,\) on cpu"),
+    "a dtype": ((A,), {}, (A.double(),), {}, r"x: float32\(6,\) on cpu -> float64\(6,\) on cpu"),
+    "strides": ((A.view(2, 3),), {}, (A.view(3, 2).T,), {}, r"x: float32\(2, 3\) on cpu -> .* strides \(1, 2\)"),
+    "a number": ((A, 2.0), {}, (A, 3.0), {}, r"scale: 2\.0 -> 3\.0"),
     "a keyword": ((A,), {"scale": 2}, (A,), {"scale": 3}, r"scale: 2 -> 3"),
-    "a leaf more": (({"x": A},), {}, ({"x": A, "y": A},), {}, r"0\.y: nothing -> float32\(6,\)"),
+    "a leaf more": (({"x": A},), {}, ({"x": A, "y": A},), {}, r"x\.y: nothing -> float32\(6,\)"),
 }
 
 
@@ -152,7 +152,7 @@ def test_a_changed_batch_is_named_by_its_path(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING, logger="fzero"):
         step(state, {key: x[:2] for key, x in batch_of(0, 0).items()})
     (record,) = ours(caplog)
-    assert "1.x: float32(4, 5) on cpu -> float32(2, 5) on cpu" in record.message
+    assert "batch.x: float32(4, 5) on cpu -> float32(2, 5) on cpu" in record.message
     assert "params" not in record.message
 
 
@@ -163,7 +163,7 @@ def test_static_data_that_changes_is_a_new_trace() -> None:
         changed = state.replace(optimizer=fz.adamw(rate))
         assert_same_bits(step(changed, parameters(1)), step.f(changed, parameters(1)))
     assert len(step.programs) == 2
-    assert "static data" in step.programs[1].cause
+    assert step.programs[1].cause == "s.optimizer lr: 0.01 -> 0.001"
 
 
 STATICS = [3, 0.5, True, None, "name", (1, "a"), torch.float32, frozenset({1})]

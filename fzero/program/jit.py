@@ -26,6 +26,7 @@ from fzero.program.lowering import lowered
 from fzero.program.options import Options
 from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
+from fzero.program.retrace import Kept, names_of
 from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.program.trace import trace_flat
 from fzero.program.watch import count_run
@@ -41,15 +42,15 @@ class Jitted:
         self.donate = donate
         self.options = options
         self.calls = 0
-        self._programs: dict[Any, Program] = {}
-        self._last: Signature | None = None
         self.name = getattr(f, "__qualname__", type(f).__name__)
+        self._names = names_of(f)
+        self._kept = Kept(self.name, options.keep_programs)
         functools.update_wrapper(self, f, updated=())
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """One program for each signature seen, in order."""
-        return tuple(self._programs.values())
+        """One program for each signature that is kept, in the order in which they were made."""
+        return self._kept.programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signature, leaves = self._open(args, kwargs)
@@ -65,27 +66,27 @@ class Jitted:
         if self.donate:
             donation.check_distinct(leaves, signature, f"fz.jit: {self.name}")
         with together(call):
-            program = self._programs.get(signature.key)
+            program = self._kept.find(signature)
             if program is None:
                 program = self._program(signature, leaves)
                 program.make_ready()
                 announce(program, call, signature.by_path())
-                self._programs[signature.key] = program
-            self._last = signature
+                self._kept.put(signature, program)
             count_run(program, call)
             return donation.run_donating(program, leaves, signature.donated, call)
 
     def trace(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program for these arguments without running it."""
         signature, leaves = self._open(args, kwargs)
-        return self._programs.get(signature.key) or self._program(signature, leaves)
+        return self._kept.find(signature) or self._program(signature, leaves)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[Tensor]]:
         leaves, _, hollow = tree.split((args, kwargs))
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        signature = Signature(hollow, leaves, self._positions(args, kwargs), f"fz.jit: {self.name}")
+        donated = self._positions(args, kwargs)
+        signature = Signature(hollow, leaves, donated, f"fz.jit: {self.name}", self._names)
         signature.simulated_on = simulated_on((args, kwargs))
         return signature, leaves
 
@@ -101,9 +102,9 @@ class Jitted:
         return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
 
     def _program(self, signature: Signature, leaves: Sequence[Tensor]) -> Program:
-        cause = "first call" if self._last is None else signature.changes(self._last)
-        log = logger.info if self._last is None else logger.warning
-        log("fz.jit: tracing %s (program %d): %s", self.name, len(self._programs) + 1, cause)
+        cause = self._kept.cause(signature)
+        log = logger.warning if self.programs else logger.info
+        log("fz.jit: tracing %s (program %d): %s", self.name, len(self.programs) + 1, cause)
         examples = examples_of(leaves, signature.simulated_on)
         with collector_paused():
             trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
@@ -122,11 +123,11 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
             run, also when that fails. Reading such a tensor afterwards raises `DonatedError`. What is raised
             before, while tracing or compiling, leaves the arguments as they were.
         **options: how the program is made; each of `fzero.program.options.Options`: `lower=`, `remat=`,
-            `keep_gathered=`, `bucket=`, `overlap=`.
+            `keep_gathered=`, `bucket=`, `overlap=`, `keep_programs=`.
 
     Returns:
         The jitted function. With `lower="graph"` its results are bitwise those of `f`. `.programs` holds what was
-        traced; a new trace is logged (logger `fzero`) with the argument that caused it.
+        traced; a new trace is logged (logger `fzero`) with the arguments that caused it, by name and path.
 
     Raises:
         DonatedError: from the call, for an argument that was donated before.

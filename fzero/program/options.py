@@ -26,6 +26,8 @@ class Options:
         bucket: the most bytes that collectives of one block move in one call; 0 leaves each leaf its own.
         overlap: collectives start early and are waited for late as long as the peak rises by at most this many bytes;
             `None` starts each where it is needed.
+        keep_programs: how many programs a function keeps, one for each signature. One more, and that which was not
+            used for longest goes, with what it holds; the log says so.
     """
 
     lower: Lower | None = None
@@ -33,6 +35,7 @@ class Options:
     keep_gathered: float = 0
     bucket: int = 128 * 2**20
     overlap: int | None = 0
+    keep_programs: int = 64
 
     def __post_init__(self) -> None:
         if self.lower not in (None, "graph", "inductor", "cudagraph"):
@@ -45,6 +48,8 @@ class Options:
             raise ValueError(f"fz.jit: bucket={self.bucket!r}; expected a number of bytes, 0 for no buckets.")
         if self.overlap is not None and not _is_count(self.overlap):
             raise ValueError(f"fz.jit: overlap={self.overlap!r}; expected a number of bytes, or None for no overlap.")
+        if not _is_count(self.keep_programs) or self.keep_programs == 0:
+            raise ValueError(f"fz.jit: keep_programs={self.keep_programs!r}; expected how many, at least 1.")
 
     @staticmethod
     def names() -> tuple[str, ...]:

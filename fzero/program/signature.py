@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,20 @@ class Signature:
         hollow: the arguments, `(args, kwargs)`, without their tensors.
         donated: positions of tensors whose memory the call may reuse.
         simulated_on: the device of a simulated mesh among the arguments.
+        names: what the function calls its positional arguments, by their positions.
         key: what two calls have to have in common to run the same program.
     """
 
-    def __init__(self, hollow: tree.Hollow, leaves: Sequence[Tensor], donated: frozenset[int], name: str):
+    def __init__(
+        self,
+        hollow: tree.Hollow,
+        leaves: Sequence[Tensor],
+        donated: frozenset[int],
+        name: str,
+        names: Callable[[int], str] = str,
+    ):
         self.hollow = hollow
+        self.names = names
         self.donated = donated
         self.simulated_on: torch.device | None = None
         metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
@@ -38,6 +47,11 @@ class Signature:
                 f"{name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
                 f"of the program: {error}. Pass tensors, numbers, strings or frozen dataclasses."
             ) from None
+
+    @property
+    def ambient(self) -> tuple[Any, ...]:
+        """What stood around the call: autocast on a CPU and on CUDA, grad mode, the dtype of new tensors."""
+        return self.key[3:]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.key == other.key
@@ -53,7 +67,7 @@ class Signature:
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """Inside, operations mean what they meant where the call was made."""
-        cpu, cuda, grad, dtype = self.key[3:]
+        cpu, cuda, grad, dtype = self.ambient
         before = torch.get_default_dtype()
         with contextlib.ExitStack() as stack:
             for device, (enabled, lower) in (("cpu", cpu), ("cuda", cuda)):
@@ -69,19 +83,14 @@ class Signature:
         names = tree.structure_paths(self.hollow.treedef)
         return [_short(p) for p, slot in zip(names, self.hollow.slots, strict=True) if slot is tree.PICKED]
 
-    def changes(self, before: Signature) -> str:
-        """Return how these arguments differ from those of the last trace, path by path."""
-        mine, theirs = self.by_path(), before.by_path()
-        lines = [
-            f"{path}: {theirs.get(path, 'nothing')} -> {mine.get(path, 'nothing')}"
-            for path in dict.fromkeys([*theirs, *mine])
-            if mine.get(path) != theirs.get(path)
-        ]
-        if len(lines) > 8:
-            lines[8:] = [f"and {len(lines) - 8} more"]
-        return "; ".join(lines) or "static data in the arguments changed (an optimizer, policy, layout or mesh)"
+    def named(self, path: str) -> str:
+        """Return a path in `(args, kwargs)` with the argument by its name: `0.1.x` as `batch.x`."""
+        which, _, rest = path.partition(".")
+        first, dot, inner = rest.partition(".")
+        return f"{self.names(int(first)) if which == '0' and first else first}{dot}{inner}"
 
     def by_path(self) -> dict[str, str]:
+        """Return what each leaf of the arguments looks like, by its path, which begins with the argument's name."""
         names = tree.structure_paths(self.hollow.treedef)
         metas = iter(self.key[2])
         entries = {}
@@ -89,9 +98,9 @@ class Signature:
             if slot is tree.PICKED:
                 shape, stride, dtype, device = next(metas)
                 text = f"{str(dtype).removeprefix('torch.')}{tuple(shape)} on {device}"
-                entries[_short(path)] = text if _is_dense(shape, stride) else f"{text} strides {stride}"
+                entries[self.named(path)] = text if _is_dense(shape, stride) else f"{text} strides {stride}"
             else:
-                entries[_short(path)] = repr(slot)
+                entries[self.named(path)] = repr(slot)
         return entries
 
 
