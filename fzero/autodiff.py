@@ -26,6 +26,7 @@ from fzero.errors import CotangentError
 from fzero.marks import mark, mark_line
 from fzero.peers import together
 from fzero.primal import Opened, Reduce, is_float
+from fzero.wide_sums import Summing, summing
 
 Pullback = Callable[[Any], tuple[Any, ...]]
 
@@ -102,8 +103,9 @@ def _vjp(
         filled = list(leaves)
         for i, leaf in zip(where, chosen, strict=True):
             filled[i] = leaf
-        with opened.context():
+        with opened.context(leaves) as mode:
             result = f(*opened.close(filled))
+        structure["sums"] = mode is not None and mode.low
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"fz.vjp: with has_aux=True f must return (output, aux), and it returned {type(result)}.")
         output, aux = result if has_aux else (result, None)
@@ -135,7 +137,9 @@ def _vjp(
         gradients: list[Tensor | None] = [None] * size
         # With grad mode on, torch takes formulas that can be differentiated again: other bits, more memory.
         last_order = plain and not any(_is_tracked(c) for c in cotangents)
-        with mark(phase="backward"), torch.no_grad() if last_order else contextlib.nullcontext():
+        once = torch.no_grad() if last_order else contextlib.nullcontext()
+        sums = Summing(low=True) if structure["sums"] and summing() is None else contextlib.nullcontext()
+        with mark(phase="backward"), once, sums:
             mark_line()
             for i, gradient in zip(where, pull(tuple(cotangents)), strict=True):
                 gradients[i] = gradient if counts is None else torch.where(counts, gradient, 0)
@@ -256,7 +260,7 @@ def call(f: Callable[..., Any], *args: Any) -> Any:
     """
     opened = Opened.of(args)
     leaves = opened.leaves()
-    with opened.context():
+    with opened.context(leaves):
         result = f(*opened.close(leaves))
     flat, treedef = tree.flatten(result)
     return tree.unflatten(treedef, _own(flat, leaves))

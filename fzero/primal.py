@@ -22,6 +22,7 @@ from fzero.layout import Sharded, check_not_simulated
 from fzero.marks import mark
 from fzero.pieces import join, reduce_leaf, scaled
 from fzero.products import warn_if_slow
+from fzero.wide_sums import Summing, is_low, summing
 
 Reduce = Literal["mean", "sum"]
 
@@ -125,8 +126,11 @@ class Opened:
                     x.shape  # noqa: B018 - a donated tensor raises, and says to which call it went
 
     @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
-        """What the function runs under: the policy's autocast, and the state's random key."""
+    def context(self, leaves: Sequence[Any]) -> Iterator[Summing | None]:
+        """What the function runs under: the policy's autocast, the state's random key, and wide sums on a CPU.
+
+        Yields the mode that sums wide, which afterwards says whether the pullback has to run under one too.
+        """
         with contextlib.ExitStack() as stack:
             # Those that are differentiated come first: their key is the one to draw from.
             order = sorted(range(len(self.nodes)), key=lambda i: not self.wanted[i])
@@ -142,7 +146,12 @@ class Opened:
             key = next((p.key for p in primals if p.key is not None), None)
             if key is not None:
                 stack.enter_context(drawing_from(key))
-            yield
+            elif summing() is None and any(isinstance(x, Tensor) and x.device.type == "cpu" for x in leaves):
+                stack.enter_context(Summing())
+            mode = summing()
+            if mode is not None:
+                mode.low = mode.low or any(map(is_low, leaves))
+            yield mode
 
     @property
     def scale(self) -> Tensor | None:

@@ -29,6 +29,7 @@ ORDER = [
     "random",
     "algebra",
     "directions",
+    "wide_sums",
     "keyed",
     "replay",
     "recording",
