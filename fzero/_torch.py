@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.nn.functional  # now: imported later, its default arguments keep a process group alive for ever
 import torch.utils._pytree as torch_pytree
-from torch._guards import TracingContext, tracing
+from torch._guards import SLoc, TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -58,6 +58,56 @@ DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
 )
+
+
+class SizesEnv(ShapeEnv):
+    """The symbols of sizes in a trace, and what the traced function asked of them, with `place()` where it asked."""
+
+    def __init__(self, place: Callable[[], str]) -> None:
+        super().__init__(duck_shape=False)  # dimensions of one size by chance stay two symbols
+        self.place = place
+        self.parts: dict[Any, Any] = {}  # symbols of sizes that are an n-th of another, and the expressions of that
+
+    def _get_sloc(self, framework_loc: str | None = None) -> SLoc:
+        return SLoc(self.place(), None)
+
+    def new_size(self, hint: int, name: str) -> torch.SymInt:
+        """Return a new symbol for a size that is `hint` here, and at least 2 elsewhere."""
+        from torch._dynamo.source import ConstantSource
+
+        source = ConstantSource(name)
+        symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC)
+        made: torch.SymInt = self.create_symintnode(symbol, hint=hint, source=source)
+        return made
+
+    def part(self, size: torch.SymInt, n: int) -> int | torch.SymInt:
+        """Return the n-th part of a size that `n` divides, as a symbol of its own: it is known inside a loop's body."""
+        from torch.utils._sympy.functions import FloorDiv
+
+        hint = size.node.hint // n
+        if hint < 2:
+            return int(size) // n
+        whole = FloorDiv(size.node.expr, n)
+        for symbol, known in self.parts.items():
+            if known == whole:
+                found: torch.SymInt = self.create_symintnode(symbol, hint=hint)
+                return found
+        made = self.new_size(hint, f"part {len(self.parts)}")
+        self.parts[made.node.expr] = whole
+        return made
+
+    def conditions(self) -> Iterator[tuple[Any, str]]:
+        """Iterate over what has to hold of the symbols, as expressions of sympy, and the place that asked for it."""
+        for guard in self.guards:
+            yield guard.expr, str(guard.sloc.framework_loc)
+
+
+def python_of(expression: Any) -> str:
+    """Return an expression of symbols as Python code, in which each symbol stands by its name."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    code: str = PythonPrinter().doprint(expression)
+    return code
 
 
 def record_call(target: Callable[..., Any], args: tuple[Any, ...], results: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -275,6 +325,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "SizesEnv",
     "TorchDispatchMode",
     "below_autograd",
     "bindings",
@@ -294,6 +345,7 @@ __all__ = [
     "make_fx",
     "modes_off",
     "one_gloo_thread",
+    "python_of",
     "readable",
     "record_call",
     "release_groups",

@@ -31,6 +31,7 @@ from fzero.errors import BatchError, TraceError
 from fzero.marks import marks_of
 from fzero.peers import together
 from fzero.program.loop import Kind, part_of, run_loop
+from fzero.program.sizes import part_like
 from fzero.program.trace import check_keyed, graph_of, results
 from fzero.terms import Recipe, taken_apart
 from fzero.weights import mean_over, ranks_of, relative, weight_of
@@ -190,7 +191,7 @@ def _record(
     """Trace the body once, and put a call of `run_loop` into the graph that is being traced."""
     n = index.shape[0]
     with disable_proxy_modes_tracing():
-        parts = [part_of(x, 0, n) for x in batch]
+        parts = [part_like(x, n) for x in batch]
         module = graph_of(lambda *inputs: _undifferentiated(body(list(inputs))), [index[0], *whole, *parts])
         check_keyed(module)
         closed = _closed_over(module, 1 + len(whole))

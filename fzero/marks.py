@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 import einops
@@ -86,6 +87,12 @@ def mark_line() -> None:
     line = None if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
     # A new dict: nodes made before share the old one.
     traceback.current_meta["custom"] = {**traceback.current_meta.get("custom", {}), "line": line}
+
+
+def current_line() -> str:
+    """Return the line that `mark_line` marked last, as text: ` (train.py:8 in loss)`; empty where none is known."""
+    line = traceback.current_meta.get("custom", {}).get("line")
+    return "" if line is None else f" ({PurePath(line[0]).name}:{line[1]} in {line[2].replace('<locals>.', '')})"
 
 
 @contextlib.contextmanager

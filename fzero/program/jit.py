@@ -21,14 +21,15 @@ from fzero.errors import MeshError
 from fzero.peers import together
 from fzero.program import donation
 from fzero.program.announce import announce
+from fzero.program.family import Families, opened
 from fzero.program.kinds import kinds_in
-from fzero.program.lowering import lowered
+from fzero.program.lowering import lowered, takes_any_size
 from fzero.program.options import Options
 from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
 from fzero.program.retrace import Kept, names_of
 from fzero.program.signature import Signature, examples_of, simulated_on
-from fzero.program.trace import trace_flat
+from fzero.program.trace import Trace, trace_flat
 from fzero.program.watch import count_run
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,12 @@ class Jitted:
         self.name = getattr(f, "__qualname__", type(f).__name__)
         self._names = names_of(f)
         self._kept = Kept(self.name, options.keep_programs)
+        self._families = Families(options.keep_programs)
         functools.update_wrapper(self, f, updated=())
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """One program for each signature that is kept, in the order in which they were made."""
+        """The programs that are kept, in the order in which they were made: one for each signature, or for all sizes."""
         return self._kept.programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +68,7 @@ class Jitted:
         if self.donate:
             donation.check_distinct(leaves, signature, f"fz.jit: {self.name}")
         with together(call):
-            program = self._kept.find(signature)
+            program = self._known(signature, leaves)
             if program is None:
                 program = self._program(signature, leaves)
                 program.make_ready()
@@ -78,7 +80,7 @@ class Jitted:
     def trace(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program for these arguments without running it."""
         signature, leaves = self._open(args, kwargs)
-        return self._kept.find(signature) or self._program(signature, leaves)
+        return self._known(signature, leaves) or self._fixed(signature, leaves, self._cause(signature))
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[Tensor]]:
         leaves, _, hollow = tree.split((args, kwargs))
@@ -101,14 +103,45 @@ class Jitted:
         starts = [sum(counts[:i]) for i in range(len(args))]
         return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
 
+    def _known(self, signature: Signature, leaves: Sequence[Tensor]) -> Program | None:
+        """Return the program that serves a signature, if one is kept."""
+        found = self._kept.find(signature)
+        if found is None and len(self._families):
+            family = self._families.of(signature, leaves)
+            while found is None and (made := family.serving(signature.shapes)) is not None:
+                found = self._kept.find(made)
+                if found is None:
+                    family.forget(made)
+        return found
+
     def _program(self, signature: Signature, leaves: Sequence[Tensor]) -> Program:
+        """Trace a program for a signature, and, where sizes vary, for all that it can leave open."""
+        cause = self._cause(signature)
+        if takes_any_size(leaves, self.options):
+            family = self._families.of(signature, leaves)
+            family.note(signature.shapes)
+            if trace := opened(family, functools.partial(self._trace, signature), leaves, signature, self.name):
+                program = self._finished(trace, cause)
+                family.programs.append((signature, program))
+                return program
+        return self._fixed(signature, leaves, cause)
+
+    def _fixed(self, signature: Signature, leaves: Sequence[Tensor], cause: str) -> Program:
+        return self._finished(self._trace(signature, examples_of(leaves, signature.simulated_on)), cause)
+
+    def _trace(self, signature: Signature, examples: Sequence[Tensor]) -> Trace:
+        with collector_paused():
+            trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
+            return trace.replace(kinds=kinds_in(signature.hollow.fill(examples)))
+
+    def _cause(self, signature: Signature) -> str:
         cause = self._kept.cause(signature)
         log = logger.warning if self.programs else logger.info
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self.programs) + 1, cause)
-        examples = examples_of(leaves, signature.simulated_on)
+        return cause
+
+    def _finished(self, trace: Trace, cause: str) -> Program:
         with collector_paused():
-            trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
-            trace = trace.replace(kinds=kinds_in(signature.hollow.fill(examples)))
             trace, stages = run_passes(trace, self.options)
         return Program(self.name, trace, lowered(trace, self.options), cause, stages)
 
@@ -123,7 +156,7 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
             run, also when that fails. Reading such a tensor afterwards raises `DonatedError`. What is raised
             before, while tracing or compiling, leaves the arguments as they were.
         **options: how the program is made; each of `fzero.program.options.Options`: `lower=`, `remat=`,
-            `keep_gathered=`, `bucket=`, `overlap=`, `keep_programs=`.
+            `keep_gathered=`, `bucket=`, `overlap=`, `sizes=`, `keep_programs=`.
 
     Returns:
         The jitted function. With `lower="graph"` its results are bitwise those of `f`. `.programs` holds what was

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from fzero._torch import OpOverload
 from fzero.program.bindings import quickest
+from fzero.program.sizes import is_size
 from fzero.program.trace import Trace
 
 Lowered = Callable[[list[Tensor]], list[Tensor]]
@@ -55,7 +56,7 @@ def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = 
     last = _last_uses(module.graph)
     lines, inputs = [], []
     nodes: list[tuple[int, fx.Node]] = []
-    for node in module.graph.nodes:
+    for node in _sizes_first(module.graph):
         if node.op == "placeholder":
             inputs.append(node.name)
             continue
@@ -78,6 +79,11 @@ def python_source(module: fx.GraphModule, loops: Mapping[str, Lowered] | None = 
         header.append(f"    del {', '.join(unused)}")
     scope.values[NODES] = {len(header) + 1 + at: node for at, node in nodes}
     return "\n".join(header + ["    " + line for line in lines]) + "\n", scope.values
+
+
+def _sizes_first(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes in order, those that stand for sizes in front: no tensor is kept alive for its shape."""
+    return sorted(graph.nodes, key=lambda node: 0 if node.op == "placeholder" else 1 if is_size(node) else 2)
 
 
 def _call(scope: _Scope, node: fx.Node) -> str:
@@ -135,14 +141,14 @@ class _Scope:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node, the nodes that nothing after it reads."""
+    """Return, for each node, the tensors' nodes that nothing after it reads."""
     seen: set[fx.Node] = set()
     dying: dict[fx.Node, list[fx.Node]] = {}
-    for user in reversed(list(graph.nodes)):
+    for user in reversed(_sizes_first(graph)):
         if user.op == "output":
             seen.update(user.all_input_nodes)
             continue
-        here = [n for n in user.all_input_nodes if n not in seen and n.op != "get_attr"]
+        here = [n for n in user.all_input_nodes if n not in seen and n.op != "get_attr" and not is_size(n)]
         seen.update(here)
         dying[user] = here
     return dying

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -43,10 +46,19 @@ def lowered(trace: Trace, options: Options) -> Lowered:
     return lower_graph(trace.module, trace.bodies)
 
 
+def takes_any_size(leaves: Sequence[Tensor], options: Options) -> bool:
+    """Return whether a program of these inputs may leave sizes open: Inductor and CUDA graphs fix them."""
+    return options.sizes == "any" and (options.lower or _default_for(leaves)) == "graph"
+
+
 def default_lower(trace: Trace) -> Lower:
     """Return the lowering for the device of the inputs, or of the constants where there is no input."""
     graph, module = trace.module.graph, trace.module
     values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
     values += [attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")]
+    return _default_for(values)
+
+
+def _default_for(values: Sequence[Any]) -> Lower:
     on_cuda = any(x.device.type == "cuda" for x in values if isinstance(x, Tensor))
     return "inductor" if on_cuda else "graph"

@@ -28,6 +28,9 @@ class Options:
             `None` starts each where it is needed.
         keep_programs: how many programs a function keeps, one for each signature. One more, and that which was not
             used for longest goes, with what it holds; the log says so.
+        sizes: `"any"`: the second size of an argument that is no state makes one program for all its sizes, where the
+            program is run as `lower="graph"`; with Inductor and CUDA graphs each size has a program of its own.
+            `"fixed"`: each size has one always.
     """
 
     lower: Lower | None = None
@@ -36,6 +39,7 @@ class Options:
     bucket: int = 128 * 2**20
     overlap: int | None = 0
     keep_programs: int = 64
+    sizes: Literal["any", "fixed"] = "any"
 
     def __post_init__(self) -> None:
         if self.lower not in (None, "graph", "inductor", "cudagraph"):
@@ -50,6 +54,8 @@ class Options:
             raise ValueError(f"fz.jit: overlap={self.overlap!r}; expected a number of bytes, or None for no overlap.")
         if not _is_count(self.keep_programs) or self.keep_programs == 0:
             raise ValueError(f"fz.jit: keep_programs={self.keep_programs!r}; expected how many, at least 1.")
+        if self.sizes not in ("any", "fixed"):
+            raise ValueError(f"fz.jit: sizes={self.sizes!r} is not known. Use 'any' or 'fixed'.")
 
     @staticmethod
     def names() -> tuple[str, ...]:

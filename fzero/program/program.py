@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from fzero.program.lower import Lowered
 from fzero.program.lowering import Late
 from fzero.program.memory import Memory, memory_of
 from fzero.program.pipeline import Stage
+from fzero.program.sizes import Dim, Shapes
 from fzero.program.text import costs, stage_table, text_of
 from fzero.program.trace import Trace
 from fzero.program.traffic import Traffic, traffic_of
@@ -58,6 +59,14 @@ class Program:
             note_place(error)
             raise
         return self.trace.output.fill(results)
+
+    def serves(self, shapes: Shapes) -> bool:
+        """Whether it leaves sizes open, and is for inputs of these shapes."""
+        return self.trace.sizes is not None and self.trace.sizes.serve(shapes)
+
+    def leaves_open(self, dims: Iterable[Dim], shapes: Shapes) -> bool:
+        """Whether it serves these shapes, and leaves these dimensions open."""
+        return self.serves(shapes) and self.trace.sizes is not None and set(dims) <= set(self.trace.sizes.dims)
 
     def text(self) -> str:
         """Return the program as readable code, each operation with its shape and the line that it comes from."""

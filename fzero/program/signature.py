@@ -12,6 +12,7 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import FakeTensor, FakeTensorMode
 from fzero.layout import Sharded
+from fzero.program.sizes import order_of
 
 
 class Signature:
@@ -52,6 +53,18 @@ class Signature:
     def ambient(self) -> tuple[Any, ...]:
         """What stood around the call: autocast on a CPU and on CUDA, grad mode, the dtype of new tensors."""
         return self.key[3:]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each tensor."""
+        return [shape for shape, *_ in self.key[2]]
+
+    def without_sizes(self, flexible: frozenset[int]) -> tuple[Any, ...]:
+        """Return the key without the sizes of some tensors, of which the order of dimensions in memory is kept."""
+        metas = [
+            (order_of(*meta[:2]) or meta[:2], *meta[2:]) if i in flexible else meta for i, meta in enumerate(self.key[2])
+        ]
+        return (*self.key[:2], tuple(metas), *self.key[3:])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.key == other.key

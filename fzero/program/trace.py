@@ -7,6 +7,7 @@ tensors that the function closes over are read where they stand when the program
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from fzero.marks import line_of, recorded
 from fzero.module_errors import explaining, line_of_user, module_of
 from fzero.program.aliases import record_aliases
 from fzero.program.captured import check_captured
+from fzero.program.composites import sizes_left_open
 from fzero.program.dtypes import check_dtypes
+from fzero.program.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Trace:
         output: the output's tree without its tensors; `None` for the body of a loop, which returns a list.
         bodies: the loop bodies that the graph refers to, by the name of the attribute.
         kinds: what each input is for, as `fzero.program.kinds.kinds_in` says; empty where nobody asked.
+        sizes: which sizes of the inputs are left open; `None` where all are fixed.
     """
 
     module: fx.GraphModule
@@ -46,6 +50,7 @@ class Trace:
     output: tree.Hollow | None
     bodies: Mapping[str, Trace] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
+    sizes: Sizes | None = None
 
     def replace(self, **changes: Any) -> Trace:
         """Return a copy with some attributes changed."""
@@ -110,7 +115,7 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
     try:
-        with recorded(), explaining("fz.jit"):
+        with recorded(), explaining("fz.jit"), sizes_left_open() if mode.shape_env else contextlib.nullcontext():
             return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except DATA_DEPENDENT_ERRORS as error:
         raise TraceError(

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from fzero.kernels.in_place import IN_PLACE, targets_of
 from fzero.program.aliases import alias_of, written_by
 from fzero.program.loop import run_loop
+from fzero.program.sizes import is_size
 from fzero.program.trace import Trace
 from fzero.program.wire import ISSUES, WAIT, issue_of, sent_for
 
@@ -137,6 +138,8 @@ class Values:
         return {i: self.holds[next(rest)][0] for i, kind in enumerate(kinds) if kind == "sum"}  # type: ignore[arg-type]
 
     def _reads_of(self, node: fx.Node) -> Buffers:
+        if is_size(node):
+            return ()  # sizes are looked up before anything runs
         sources = [*node.all_input_nodes, *(sent_for(node) if node.target is WAIT else ())]
         return tuple(dict.fromkeys(b for source in sources for b in self.holds[source]))
 

@@ -1,0 +1,62 @@
+"""Functions of torch that read sizes as numbers, in a form that leaves sizes open.
+
+Most of torch passes an open size on as it is. A few functions are made of others in C++ that asks for the number: the
+program would then be for that one size. Where a trace has open sizes they are put together here, of the same operators
+in the same order, so that their results have the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class sizes_left_open(TorchFunctionMode):  # noqa: N801 - used as a context manager, `with sizes_left_open():`
+    """While active, functions that would read open sizes as numbers are replaced by such that do not."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        form = _FORMS.get(func)
+        if form is not None and args and isinstance(args[0], Tensor) and _is_open(args[0]):
+            found = form(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*args, **kwargs)
+
+
+def _is_open(x: Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """`torch.nn.functional.linear`: one addmm over all rows, as torch has it for contiguous input."""
+    if bias is None or x.ndim != 3 or not x.is_contiguous():
+        return NotImplemented
+    flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+def _pad(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    """`torch.nn.functional.pad` by constants."""
+    if mode != "constant":
+        return NotImplemented
+    for d, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = x.ndim - 1 - d
+        for size in (before, after):
+            if size < 0:
+                return NotImplemented
+        parts = [x]
+        if before > 0:
+            parts.insert(0, x.new_full((*x.shape[:dim], before, *x.shape[dim + 1 :]), value or 0))
+        if after > 0:
+            parts.append(x.new_full((*x.shape[:dim], after, *x.shape[dim + 1 :]), value or 0))
+        x = torch.cat(parts, dim) if len(parts) > 1 else x
+    return x
+
+
+_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: _linear, F.pad: _pad}
