@@ -7,7 +7,7 @@ in the same order, so that their results have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,22 +41,36 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return flat.view(*x.shape[:-1], weight.shape[0])
 
 
-def _pad(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
-    """`torch.nn.functional.pad` by constants."""
+def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """`torch.nn.functional.pad` by constants; by less than nothing it cuts."""
     if mode != "constant":
         return NotImplemented
+    padded = x
     for d, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = x.ndim - 1 - d
-        for size in (before, after):
-            if size < 0:
-                return NotImplemented
-        parts = [x]
-        if before > 0:
-            parts.insert(0, x.new_full((*x.shape[:dim], before, *x.shape[dim + 1 :]), value or 0))
-        if after > 0:
-            parts.append(x.new_full((*x.shape[:dim], after, *x.shape[dim + 1 :]), value or 0))
-        x = torch.cat(parts, dim) if len(parts) > 1 else x
-    return x
+        size = padded.shape[dim]
+        cut = padded.narrow(dim, max(-before, 0), size + min(before, 0) + min(after, 0))
+        ends = [cut.new_full((*cut.shape[:dim], max(n, 0), *cut.shape[dim + 1 :]), value or 0) for n in (before, after)]
+        padded = torch.cat([ends[0], cut, ends[1]], dim) if max(before, after) > 0 else cut
+    return padded.clone() if max(pad, default=0) <= 0 else padded
 
 
-_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: _linear, F.pad: _pad}
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """`torch.nn.functional.dropout`, which is one kernel on CUDA."""
+    if inplace or not 0 <= p <= 1:
+        return NotImplemented
+    if p == 0 or not training:
+        return x
+    if p == 1:
+        return x * torch.zeros((), dtype=x.dtype, device=x.device)
+    if x.is_cuda:
+        return torch.native_dropout(x, p, True)[0]
+    return x * torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+
+
+_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    F.pad: _pad,
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+}

@@ -1,9 +1,9 @@
-"""Signatures that differ in nothing but the sizes of tensors that are no state, and the programs that serve many of them.
+"""Signatures that differ in nothing but the sizes of tensors that are no state, and programs that serve many of them.
 
-    sizes (8, 32)     a program of its own, for these sizes
-    sizes (12, 32)    the first dimension varies: a program that leaves it open
-    sizes (16, 32)    served by that
-    sizes (16, 64)    the second varies too: a program that leaves both open
+sizes (8, 32)     a program of its own, for these sizes
+sizes (12, 32)    the first dimension varies: a program that leaves it open
+sizes (16, 32)    served by that
+sizes (16, 64)    the second varies too: a program that leaves both open
 """
 
 from __future__ import annotations
@@ -150,7 +150,10 @@ def opened(
         except Exception as error:
             # Whatever it was: a trace for these sizes alone has the last word, and raises what is the function's own.
             family.closed.update(dims)
-            logger.info("fz.jit: %s has a program for each size: with open sizes it does not trace: %s", name, error)
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning(
+                "fz.jit: %s has a program for each size: with open sizes it does not trace: %s", name, reason
+            )
             return None
         assert trace.sizes is not None, "it was traced with symbols"
         for dim, place in trace.sizes.fixed.items():

@@ -62,7 +62,8 @@ class Signature:
     def without_sizes(self, flexible: frozenset[int]) -> tuple[Any, ...]:
         """Return the key without the sizes of some tensors, of which the order of dimensions in memory is kept."""
         metas = [
-            (order_of(*meta[:2]) or meta[:2], *meta[2:]) if i in flexible else meta for i, meta in enumerate(self.key[2])
+            (order_of(*meta[:2]) or meta[:2], *meta[2:]) if i in flexible else meta
+            for i, meta in enumerate(self.key[2])
         ]
         return (*self.key[:2], tuple(metas), *self.key[3:])
 

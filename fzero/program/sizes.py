@@ -3,7 +3,7 @@
 A dimension of an input whose size differs between calls is traced as a symbol. Sizes inside the program are then
 expressions of the symbols, and whatever the function asks of a size becomes a condition that later calls have to meet:
 
-    x: f32[8, 32]   x: f32[12, 32]    ──▶    x: f32[s, 32],  s ≥ 2,  s % 4 == 0      (asked by accumulate, in train.py:8)
+    x: f32[8, 32]   x: f32[12, 32]    ──▶    x: f32[s, 32],  s ≥ 2,  s % 4 == 0   (asked for at train.py:8)
 
 Each dimension has a symbol of its own, also where sizes are equal at first: that they have to be equal is a condition,
 if the function asks for it. Sizes of 0 and 1 mean other programs, by torch's rule, and are never a symbol's.
