@@ -71,16 +71,16 @@ class SizesEnv(ShapeEnv):
     def _get_sloc(self, framework_loc: str | None = None) -> SLoc:
         return SLoc(self.place(), None)
 
-    def new_size(self, hint: int, name: str) -> torch.SymInt:
+    def new_size(self, hint: int, name: str) -> Any:
         """Return a new symbol for a size that is `hint` here, and at least 2 elsewhere."""
         from torch._dynamo.source import ConstantSource
 
         source = ConstantSource(name)
         symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC)
-        made: torch.SymInt = self.create_symintnode(symbol, hint=hint, source=source)
+        made: Any = self.create_symintnode(symbol, hint=hint, source=source)
         return made
 
-    def part(self, size: torch.SymInt, n: int) -> int | torch.SymInt:
+    def part(self, size: torch.SymInt, n: int) -> Any:
         """Return the n-th part of a size that `n` divides, as a symbol of its own: it is known inside a loop's body."""
         from torch.utils._sympy.functions import FloorDiv
 
@@ -90,7 +90,7 @@ class SizesEnv(ShapeEnv):
         whole = FloorDiv(size.node.expr, n)
         for symbol, known in self.parts.items():
             if known == whole:
-                found: torch.SymInt = self.create_symintnode(symbol, hint=hint)
+                found: Any = self.create_symintnode(symbol, hint=hint)
                 return found
         made = self.new_size(hint, f"part {len(self.parts)}")
         self.parts[made.node.expr] = whole

@@ -153,7 +153,8 @@ def _valued(trace: Trace, given: Sequence[Any]) -> Trace:
 
 def _looped(body: Trace, loop: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Trace, list[Tensor]]:
     """Return the body of a loop with its values, and what the loop gives."""
-    kinds, index, sums, whole, batch = map_arg(loop.args[1:], values.__getitem__)
+    arguments: Any = map_arg(loop.args[1:], values.__getitem__)
+    kinds, index, sums, whole, batch = arguments
     n = index.shape[0]
     parts = [_fresh(part_of(x, 0, n)) for x in batch]
     body = _valued(body, [*map(_fresh, sums), _fresh(index[0]), *map(_fresh, whole), *parts])
