@@ -68,7 +68,7 @@ def test_an_option_that_does_not_exist_is_named() -> None:
 
 
 def test_names_are_those_that_jit_takes() -> None:
-    assert Options.names() == ("lower", "remat", "keep_gathered", "bucket", "overlap", "sizes")
+    assert Options.names() == ("lower", "remat", "keep_gathered", "bucket", "overlap", "keep_programs", "sizes")
     f = fz.jit(lambda x: x + 1, remat="block", keep_gathered=5, bucket=6, overlap=7, lower="graph")
     assert f.options == Options(lower="graph", remat="block", keep_gathered=5, bucket=6, overlap=7)
     assert f(torch.ones(1)).item() == 2.0

@@ -84,7 +84,7 @@ def test_what_specialises_is_logged_with_its_line(caplog: pytest.LogCaptureFixtu
 
     with caplog.at_level(logging.INFO, "fzero"):
         check_equal(f, [(rows(n, 2),) for n in (3, 5, 8)], programs=3)
-    assert "a program for each size of 0.shape[0]: the number is asked for" in caplog.text
+    assert "a program for each size of x.shape[0]: the number is asked for" in caplog.text
     assert caplog.text.count("a program for each size of") == 1
     assert (
         "test_program_sizes.py" in caplog.text and "in test_what_specialises_is_logged_with_its_line.f" in caplog.text

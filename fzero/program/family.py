@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fzero import tree
 from fzero.program.kinds import kinds_in
 from fzero.program.pipeline import collector_paused
 from fzero.program.program import Program
@@ -139,7 +140,9 @@ def opened(
         A trace that serves the signature's shapes and others; `None` where a size has to be fixed. What could not be
         left open is logged, with the line of the user's code that asked for it.
     """
-    shapes, paths = signature.shapes, signature.paths
+    shapes, slots = signature.shapes, signature.hollow.slots
+    everywhere = zip(tree.structure_paths(signature.hollow.treedef), slots, strict=True)
+    paths = [signature.named(path) for path, slot in everywhere if slot is tree.PICKED]
     hints = family.first_like(shapes, family.to_open(shapes))
     while dims := family.to_open(shapes):
         family.tries += 1

@@ -51,7 +51,7 @@ class Jitted:
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """The programs that are kept, in the order in which they were made: one for each signature, or for all sizes."""
+        """The programs that are kept, in the order in which they were made: for a signature, or all of its sizes."""
         return self._kept.programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
