@@ -17,6 +17,7 @@ from fzero.buffers import average as average
 from fzero.directions import like as like
 from fzero.directions import random_like as random_like
 from fzero.directions import zeros_like as zeros_like
+from fzero.ema import ema as ema
 from fzero.errors import BatchError as BatchError
 from fzero.errors import BufferWriteError as BufferWriteError
 from fzero.errors import CotangentError as CotangentError

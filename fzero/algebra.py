@@ -54,7 +54,7 @@ def dot(a: Sharded, b: Sharded) -> Tensor:
         >>> dot(grads, grads)
         tensor(36.)
     """
-    _check_pair(a, b, "fz.dot")
+    check_same_leaves(a, b, "fz.dot")
     mesh = a.mesh
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     dtype = torch.float32
@@ -103,14 +103,18 @@ def norm(a: Sharded) -> Tensor:
 
 
 @together("fz.add")
-def add(a: Sharded, b: Sharded, alpha: float | Tensor = 1.0) -> Sharded:
+def add(a: Sharded, b: Sharded, alpha: float | Tensor = 1.0, *, dtype: torch.dtype | None = None) -> Sharded:
     """Return `a + alpha · b`, stored as `a` is.
+
+    Leaves are added in fp32 and rounded once, to nearest: of a low precision, a sum of many small terms stands still
+    where its next term is under half its last bit. Pass `dtype=torch.float32` for those, and average weights by `ema`.
 
     Args:
         a: parameters, a gradient, or a direction. Leaves keep its dtype, layout and `None`s.
         b: has the same paths and shapes; a gradient's factor counts. A leaf that is `None` adds nothing. Where `a` is
             whole and `b` is cut, `b` is gathered.
         alpha: a number, or a tensor of shape (): values of a tensor change without a retrace.
+        dtype: of the floating-point leaves of the result. Default: that of `a`.
 
     Returns:
         A `Sharded` like `a`: without a factor where `a` has none, such as parameters, else with the larger of the two.
@@ -124,29 +128,31 @@ def add(a: Sharded, b: Sharded, alpha: float | Tensor = 1.0) -> Sharded:
         >>> fz.gather(add(params, params, alpha=-0.5))
         {'x': tensor([1.5000, 2.0000])}
     """
-    _check_pair(a, b, "fz.add")
+    check_same_leaves(a, b, "fz.add")
+    _check_dtype(dtype, "fz.add")
     ours, theirs, factor = _common_factor(a, b, alpha)
 
     def added(i: int, x: Tensor) -> Tensor:
-        y, dtype = b.pieces[i], x.dtype
+        y, stored = b.pieces[i], dtype or x.dtype
         x = _times(x, ours)
         if _is_float(y):
             y = _placed(y, b.placement.specs[i], a.placement.specs[i], a.mesh, a.paths[i], "fz.add")
             x = x + _times(y, theirs)
-        return x.to(dtype)
+        return x.to(stored)
 
     return on_floats(added, a).replace(factor=factor)
 
 
-def scale(a: Sharded, s: float | Tensor) -> Sharded:
+def scale(a: Sharded, s: float | Tensor, *, dtype: torch.dtype | None = None) -> Sharded:
     """Return `s · a`, stored as `a` is.
 
     Of a gradient only the factor is multiplied, and no leaf is touched. Parameters and directions have no factor:
-    their leaves are multiplied in fp32 and rounded once to their dtype.
+    their leaves are multiplied in fp32 and rounded once, to nearest, to their dtype.
 
     Args:
         a: parameters, a gradient, or a direction.
         s: a number, or a tensor of shape (): values of a tensor change without a retrace.
+        dtype: of the floating-point leaves of the result. Default: that of `a`.
 
     Example:
         >>> import fzero as fz
@@ -155,10 +161,12 @@ def scale(a: Sharded, s: float | Tensor) -> Sharded:
         {'x': tensor([6., 8.])}
     """
     check_sharded(a, "fz.scale")
+    _check_dtype(dtype, "fz.scale")
     if a.factor is not None and not _is_transformed(a, s):
-        return a.replace(factor=(a.factor * s).to(torch.float32))
+        cast = a if dtype is None else on_floats(lambda _, x: x.to(dtype), a)
+        return cast.replace(factor=(a.factor * s).to(torch.float32))
     weight = s if a.factor is None else a.factor * s
-    return on_floats(lambda _, x: _times(x, weight).to(x.dtype), a).replace(factor=None)
+    return on_floats(lambda _, x: _times(x, weight).to(dtype or x.dtype), a).replace(factor=None)
 
 
 def check_sharded(a: Any, call: str) -> None:
@@ -170,7 +178,7 @@ def check_sharded(a: Any, call: str) -> None:
         )
 
 
-def _check_pair(a: Any, b: Any, call: str) -> None:
+def check_same_leaves(a: Any, b: Any, call: str) -> None:
     """Raise where two are not trees of the same leaves."""
     check_sharded(a, call)
     check_sharded(b, call)
@@ -184,6 +192,11 @@ def _check_pair(a: Any, b: Any, call: str) -> None:
         raise TreeError(f"{call}: the two trees have different leaves:\n  " + "\n  ".join(lines))
     if a.mesh != b.mesh:
         raise LayoutError(f"{call}: the two trees are on different meshes, {a.mesh.axes} and {b.mesh.axes}.")
+
+
+def _check_dtype(dtype: torch.dtype | None, call: str) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{call}: dtype: expected a floating-point dtype, such as torch.float32, got {dtype!r}.")
 
 
 def _is_float(x: Tensor | None) -> TypeGuard[Tensor]:

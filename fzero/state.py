@@ -23,6 +23,7 @@ from fzero.accumulate import accumulate
 from fzero.autodiff import value_and_grad
 from fzero.collectives import all_reduce
 from fzero.cut import cut
+from fzero.fits import fitting
 from fzero.layout import Layout, Sharded, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
@@ -51,8 +52,8 @@ class State:
             overflows in a row that have not moved it.
         seed: int32 of shape (): with the step it decides dropout and the rounding of updates.
         optimizer: static.
-        policy: static.
-        layout: static.
+        policy: how the parameters are stored: they say so.
+        layout: where they live, likewise.
     """
 
     step: Tensor
@@ -62,16 +63,34 @@ class State:
     streak: Tensor | None
     seed: Tensor
     optimizer: Optimizer
-    policy: Policy
-    layout: Layout
 
     @property
     def mesh(self) -> Mesh:
         return self.params.mesh
 
+    @property
+    def policy(self) -> Policy:
+        policy = self.params.policy
+        assert policy is not None
+        return policy
+
+    @property
+    def layout(self) -> Layout:
+        return self.params.layout
+
     def replace(self, **changes: Any) -> State:
-        """Return a copy with some attributes changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some attributes changed, where that makes a state that fits together.
+
+        Another optimizer keeps the moments where it means the same by them: another learning rate, weight decay or
+        schedule, a clip more or less. Give it new ones where not: `moments=optimizer.init(state.params)`.
+
+        Raises:
+            TreeError: the moments are of other leaves or of another meaning than the optimizer's, or parameters are
+                other ones.
+            PolicyError, LayoutError: the state is stored otherwise; the message says how to start another.
+            ShapeError, TypeError: a counter is no tensor like the old one, or there is no such attribute.
+        """
+        return dataclasses.replace(self, **fitting(self, changes))
 
     def as_primal(self) -> Primal:
         """What `vjp` differentiates: the parameters; random draws are keyed by seed, step and data rank."""
@@ -81,7 +100,7 @@ class State:
 
     def for_microbatch(self, index: Tensor) -> State:
         """The same state with other random draws, for one of several micro-batches."""
-        return self.replace(seed=fold(self.seed, index))
+        return dataclasses.replace(self, seed=fold(self.seed, index))
 
     def __repr__(self) -> str:
         return display.text_of(display.of_state(self))
@@ -149,8 +168,6 @@ def init(
         streak=streak,
         seed=torch.full((), signed(seed), dtype=torch.int32, device=device),
         optimizer=optimizer,
-        policy=precision,
-        layout=layout,
     )
 
 
@@ -219,8 +236,10 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     scale, streak = state.loss_scale, state.streak
     if scaling is not None and scale is not None and streak is not None:
         scale, streak = scaling.after(scale, streak, finite)
-    step = state.step + advance
-    return state.replace(params=params, moments=moments, step=step, loss_scale=scale, streak=streak), info
+    moved = dataclasses.replace(
+        state, params=params, moments=moments, step=state.step + advance, loss_scale=scale, streak=streak
+    )
+    return moved, info
 
 
 def train_step(
@@ -292,7 +311,7 @@ def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     return tree.unflatten(treedef, leaves)
 
 
-_STATIC = ("optimizer", "policy", "layout")
+_STATIC = ("optimizer",)
 _CHILDREN = ("step", "params", "moments", "loss_scale", "streak", "seed")
 
 

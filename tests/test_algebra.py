@@ -195,6 +195,21 @@ def test_a_multiple_of_parameters_has_no_factor_and_keeps_its_dtype(dtype):
     small.assert_same_bits(list(multiple.pieces), [(x.to(wide) * 0.3).to(dtype) for x in pieces])
 
 
+def test_sums_and_multiples_round_once_and_in_another_dtype_when_asked():
+    one, small_step = sharded(dtype=torch.bfloat16), fz.scale(sharded(1), 1e-4)
+    stands_still, moves = fz.add(one, small_step), fz.add(one, small_step, dtype=torch.float32)
+    assert {x.dtype for x in pieces_of(stands_still)[0]} == {torch.bfloat16}
+    for was, is_now, term in zip(*pieces_of(one, moves, small_step), strict=True):
+        assert torch.equal(is_now, was.float() + term)
+    for was, third in zip(*pieces_of(one, fz.scale(one, 1 / 3, dtype=torch.float32)), strict=True):
+        assert torch.equal(third, was.float() * (1 / 3))
+    grads = gradient(1, policy="bf16")
+    half = fz.scale(grads, 0.5, dtype=torch.float32)
+    assert torch.equal(vector(fz.gather(half)), 0.5 * vector(fz.gather(grads))) and half.factor is not None
+    with pytest.raises(TypeError, match=r"fz\.add: dtype: expected a floating-point dtype"):
+        fz.add(one, one, dtype=torch.int32)
+
+
 def test_values_of_a_scale_change_without_a_retrace():
     step = fz.jit(lambda grads, s: fz.norm(fz.scale(grads, s)))
     found = [step(gradient(1), torch.tensor(s)).item() for s in (1.0, 2.0)]

@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "fzero"
 # A file imports only from entries above its own; a package is one entry. Files on one line are one entry.
 ORDER = [
     "nodes",
+    "nearest",
     "tree",
+    "arguments",
     "marks",
     "display",
     "collectives",
@@ -54,7 +56,9 @@ ORDER = [
     "accumulate",
     "optim",
     "cut",
+    "fits",
     "state",
+    "ema",
     "visualize",
     "torch_api",
 ]

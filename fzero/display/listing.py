@@ -76,7 +76,8 @@ def of_state(state: Any) -> Listing:
     rest = _held((state.step, state.seed, state.loss_scale, state.streak))
     held = ", ".join(f"{name} {amount(size)}" for name, size in {**parts, "rest": rest}.items())
     facts = [("at rest", f"{amount(sum(parts.values()) + rest)} on this rank: {held}")]
-    facts.append(("policy", _policy(state.policy)))
+    if is_sharded(state.params):
+        facts.append(("policy", _policy(state.policy)))
     if scale := _number(state.loss_scale):
         facts.append(("loss scale", scale))
     number = _number(state.step)

@@ -99,6 +99,18 @@ class Optimizer(ABC):
         """Return the paths of leaves that never change, and so need no gradient."""
         return frozenset()
 
+    def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
+        """Return what a state of this optimizer holds, part by part, each with the name of whoever gives it meaning.
+
+        Where names, leaves and their owners are the same, another optimizer may take the state over.
+        """
+        return [(kind_of(self), opt_state)]
+
+
+def kind_of(x: Any) -> str:
+    """Return the name of the class of an optimizer or a transform, which says what its state means."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
 
 @dataclass(frozen=True)
 class Rounding:

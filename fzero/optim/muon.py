@@ -32,6 +32,7 @@ from fzero.optim.base import (
     Rate,
     Rounding,
     joined,
+    kind_of,
     mask_of,
     own_of,
     rate,
@@ -106,6 +107,10 @@ class Muon(Optimizer):
 
     def frozen(self, paths: Sequence[str]) -> frozenset[str]:
         return self.others.frozen([path for path in paths if self.matrix is None or not self.matrix(path)])
+
+    def parts(self, opt_state: MuonState) -> list[tuple[str, Any]]:
+        others = [(f"others: {name}", part) for name, part in self.others.parts(opt_state.others)]
+        return [(kind_of(self), opt_state.matrices), *others]
 
     def _update_matrices(
         self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor

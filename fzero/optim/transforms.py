@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero.layout import Sharded
-from fzero.optim.base import ByPath, Optimizer
+from fzero.optim.base import ByPath, Optimizer, kind_of
 from fzero.optim.norm import Squares, measure
 
 
@@ -74,6 +74,11 @@ class Chain(Optimizer):
 
     def frozen(self, paths: Sequence[str]) -> frozenset[str]:
         return self.optimizer.frozen(paths)
+
+    def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
+        *states, last = opt_state
+        own = [(kind_of(transform), state) for transform, state in zip(self.transforms, states, strict=True)]
+        return own + self.optimizer.parts(last)
 
 
 def chain(*transforms_then_optimizer: Any) -> Chain:
@@ -147,6 +152,13 @@ class PartitionBy(Optimizer):
         still = {paths[i] for label, optimizer in self.optimizers if optimizer is None for i in groups[label]}
         inner = [opt.frozen([paths[i] for i in groups[label]]) for label, opt in self._trained()]
         return frozenset(still.union(*inner))
+
+    def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
+        return [
+            (f"{label}: {name}", part)
+            for label, optimizer in self._trained()
+            for name, part in optimizer.parts(opt_state[label])
+        ]
 
     def _trained(self) -> list[tuple[str, Optimizer]]:
         return [(label, optimizer) for label, optimizer in self.optimizers if optimizer is not None]

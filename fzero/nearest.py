@@ -1,0 +1,19 @@
+"""Near names: what somebody may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return a question after the name that is nearest to one that there is not; nothing where none is near.
+
+    Example:
+        >>> nearest("optimiser", ["optimizer", "params"])
+        " Did you mean 'optimizer'?"
+        >>> nearest("x", ["optimizer", "params"])
+        ''
+    """
+    found = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
