@@ -20,31 +20,34 @@ from fzero.nearest import nearest
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-# What users of torch call things that have another name here, or another place.
-_ELSEWHERE = {
+# What users of torch call things that have another name here,
+_RENAMED = {
     "betas": "b1, b2",
     "learning_rate": "lr",
-    "amsgrad": "nothing: there is no such variant here",
-    "maximize": "nothing: negate the loss",
-    "foreach": "nothing: updates are one kernel a leaf anyway",
-    "fused": "nothing: updates are fused anyway",
-    "params": "fz.init(params, optimizer): an optimizer here is given no parameters",
     "max_norm": "limit",
-    "max_grad_norm": "fz.chain(fz.clip_by_global_norm(limit), optimizer)",
-    "clipnorm": "fz.chain(fz.clip_by_global_norm(limit), optimizer)",
-    "no_decay": "mask",
-    "num_warmup_steps": "warmup",
     "warmup_steps": "warmup",
-    "num_training_steps": "total",
+    "num_warmup_steps": "warmup",
     "total_steps": "total",
-    "decay_steps": "decay",
+    "num_training_steps": "total",
     "T_max": "total",
+    "decay_steps": "decay",
     "eta_min": "floor",
-    "gradient_accumulation_steps": "microbatches",
-    "accumulation_steps": "microbatches",
     "stage": "layout=fz.zero(stage)",
     "dtype": "policy, such as policy='bf16'",
     "precision": "policy, such as policy='bf16'",
+}
+# or none.
+_ABSENT = {
+    "params": "An optimizer here is given no parameters: fz.init(params, optimizer) brings them together.",
+    "amsgrad": "There is no such variant here.",
+    "maximize": "Negate the loss.",
+    "momentum": "b1 is the decay of the momentum here, or use fz.sgd(lr, momentum).",
+    "nesterov": "Only fz.sgd and fz.muon look ahead.",
+    "foreach": "Each leaf is one fused update anyway.",
+    "fused": "Each leaf is one fused update anyway.",
+    "max_grad_norm": "A clip stands before the optimizer: fz.chain(fz.clip_by_global_norm(limit), optimizer).",
+    "norm_type": "Clips are by the 2-norm.",
+    "dampening": "The velocity takes the whole gradient.",
 }
 
 
@@ -131,26 +134,25 @@ def flag(call: str, name: str, value: Any, hint: str = "") -> bool:
     return value
 
 
-def rate(call: str, value: Any, *, name: str = "lr", most: float | None = None) -> Any:
+def rate_of(call: str, value: Any, *, name: str = "lr") -> Any:
     """Return a learning rate: a number that is not negative, a tensor of shape (), or a function of the step.
 
     Raises:
         TypeError: it is something else.
         ValueError: it is negative, or not finite.
     """
-    if isinstance(value, type) or (not callable(value) and not isinstance(value, Real | Tensor)):
-        hint = "Pass a number or a schedule, such as fz.schedules.warmup_cosine(3e-4, 100, 10_000)."
-        if isinstance(value, nn.Module) or inspect.isgenerator(value) or isinstance(value, list | tuple | Mapping):
-            hint = f"An optimizer here is given no parameters: fz.init(model, {call}(3e-4)) brings them together."
-        raise TypeError(_text(call, name, "a number, or a function of the step", value, hint))
-    if isinstance(value, nn.Module):
-        hint = f"An optimizer here is given no parameters: fz.init(model, {call}(3e-4)) brings them together."
-        raise TypeError(_text(call, name, "a number, or a function of the step", value, hint))
     if isinstance(value, Tensor):
         if value.ndim or not value.is_floating_point():
             raise TypeError(_text(call, name, "a number, or a floating-point tensor of shape ()", value, ""))
         return value
-    return value if callable(value) else number(call, name, value, least=0.0, most=most)
+    if isinstance(value, Real):
+        return number(call, name, value, least=0.0)
+    if not callable(value) or isinstance(value, nn.Module | type):
+        hint = "A schedule is one: fz.schedules.warmup_cosine(3e-4, warmup=100, total=10_000)."
+        raise TypeError(
+            _text(call, name, "a number, or a function of the step", value, _no_params(value, call) or hint)
+        )
+    return value
 
 
 def named(call: str) -> Callable[[C], C]:
@@ -180,7 +182,8 @@ def named(call: str) -> Callable[[C], C]:
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{call}: {error}. It takes {listing}.{_given_parameters(args, call)}") from None
+                hint = next((hint for x in args if (hint := _no_params(x, call))), "")
+                raise TypeError(f"{call}: {error}. It takes {listing}.{f' {hint}' if hint else ''}") from None
             return target(*args, **kwargs)
 
         if not isinstance(f, type):
@@ -192,16 +195,15 @@ def named(call: str) -> Callable[[C], C]:
 
 
 def _instead(name: str, names: list[str]) -> str:
-    if name in _ELSEWHERE and name not in names:
-        return f"; here it is {_ELSEWHERE[name]}."
-    return f".{nearest(name, names)}"
+    if name in _RENAMED:
+        return f"; here it is {_RENAMED[name]}."
+    return f". {_ABSENT[name]}" if name in _ABSENT else f".{nearest(name, names)}"
 
 
-def _given_parameters(args: tuple[Any, ...], call: str) -> str:
-    """Return a hint where an optimizer was given a model's parameters first, as torch's are."""
-    first = next((x for x in args if not isinstance(x, type)), None)
-    if isinstance(first, nn.Module) or inspect.isgenerator(first):
-        return f" An optimizer here is given no parameters: fz.init(model, {call}(3e-4)) brings them together."
+def _no_params(value: Any, call: str) -> str:
+    """Return a hint where an optimizer was given a model or its parameters, as torch's are."""
+    if isinstance(value, nn.Module | list | tuple | Mapping) or inspect.isgenerator(value):
+        return f"An optimizer here is given no parameters: fz.init(model, {call}(3e-4)) brings them together."
     return ""
 
 

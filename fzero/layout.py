@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fzero import display, tree
 from fzero._torch import FakeTensor, torch_pytree
+from fzero.arguments import named
 from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
@@ -69,6 +70,7 @@ class Layout:
         return next((spec for pattern, spec in self.split if fnmatch.fnmatchcase(path, pattern)), P())
 
 
+@named("fz.zero")
 def zero(
     stage: int,
     axis: str | Sequence[str] = "data",
@@ -97,13 +99,25 @@ def zero(
     """
     if stage not in (0, 1, 2, 3):
         raise LayoutError(f"fz.zero: there is no stage {stage!r}. Use 0, 1, 2 or 3.")
-    cut = (axis,) if isinstance(axis, str) else tuple(axis)
-    copies = (replicate,) if isinstance(replicate, str) else tuple(replicate)
+    cut, copies = _axes("axis", axis), _axes("replicate", replicate)
+    for pattern, spec in (split or {}).items():
+        if not isinstance(pattern, str) or not isinstance(spec, P):
+            raise LayoutError(
+                f"fz.zero: split={split!r}; expected a dict from patterns of paths to P, such as "
+                f"{{'*.weight': fz.P('model', None)}}."
+            )
     if twice := sorted(name for name, count in Counter(cut + copies).items() if count > 1):
         raise LayoutError(
             f"fz.zero: {twice} stand twice in axis={axis!r}, replicate={replicate!r}. Name each axis once."
         )
     return Layout(stage, cut, copies, tuple((split or {}).items()))
+
+
+def _axes(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    axes = (given,) if isinstance(given, str) else given
+    if not isinstance(axes, tuple | list) or not all(isinstance(axis, str) for axis in axes):
+        raise LayoutError(f"fz.zero: {name}={given!r}; expected the name of a mesh axis, or several in a tuple.")
+    return tuple(axes)
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,10 @@ def shard(tree: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = 
 
 
 def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) -> Sharded:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"fz.shard: mesh: expected a mesh, such as fz.make_mesh(), got {tree.describe(mesh)}.")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"fz.shard: policy: expected a Policy, such as fz.policy('bf16'), got {policy!r}.")
     if isinstance(tree_, Sharded):
         raise LayoutError("fz.shard: got a Sharded, which is cut already. Pass full tensors: fz.gather(...).")
     leaves, treedef = tree.flatten(tree_)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: object, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[object]) -> str:
     """Return a question after the name that is nearest to one that there is not; nothing where none is near.
 
     Example:
@@ -15,5 +15,5 @@ def nearest(name: object, names: Iterable[str]) -> str:
         >>> nearest("x", ["optimizer", "params"])
         ''
     """
-    found = difflib.get_close_matches(str(name), list(names), n=1)
+    found = difflib.get_close_matches(str(name), [str(other) for other in names], n=1)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -34,6 +34,8 @@ class P(tuple[str | None, ...]):
     """
 
     def __new__(cls, *axes: str | None) -> P:
+        if not all(axis is None or isinstance(axis, str) for axis in axes):
+            raise TypeError(f"fz.P: expected the name of a mesh axis, or None, for each dimension, got {axes!r}.")
         return super().__new__(cls, axes)
 
     def __getnewargs__(self) -> tuple[str | None, ...]:  # for pickle and copy, which would pass one tuple

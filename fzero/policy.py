@@ -17,6 +17,7 @@ import torch
 
 from fzero import products
 from fzero.errors import PolicyError
+from fzero.nearest import nearest
 from fzero.scaling import LossScale
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,9 +262,10 @@ def policy(
         >>> widened.stored, widened.compute, widened.sent
         (torch.bfloat16, torch.float32, torch.bfloat16)
     """
-    if not isinstance(name, Policy) and name not in _POLICIES:
+    if not isinstance(name, Policy) and not (isinstance(name, str) and name in _POLICIES):
         raise PolicyError(
-            f"fz.policy: no policy is called {name!r}. Use one of {list(_POLICIES)}, or compose one: fz.Policy(...)."
+            f"fz.policy: no policy is called {name!r}.{nearest(name, _POLICIES)} Use one of {list(_POLICIES)}, or "
+            f"compose one: fz.Policy(...)."
         )
     found = name if isinstance(name, Policy) else _POLICIES[name]
     if autocast is not None:

@@ -47,6 +47,9 @@ class LossScale:
     smallest: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("initial", "growth", "backoff", "interval", "hysteresis", "smallest"):
+            if not isinstance(getattr(self, name), int | float):
+                raise PolicyError(f"fz.LossScale: {name}={getattr(self, name)!r}; expected a number.")
         for name, fits, range_ in (
             ("initial", 0 < self.initial < float("inf"), "above 0 and finite"),
             ("growth", 1 <= self.growth < float("inf"), "1 or above, and finite"),

@@ -10,6 +10,7 @@ returns another.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor
 from fzero import display, tree
 from fzero._torch import torch_pytree
 from fzero.accumulate import accumulate
+from fzero.arguments import named, whole
 from fzero.autodiff import value_and_grad
 from fzero.collectives import all_reduce
 from fzero.cut import cut
@@ -109,6 +111,7 @@ class State:
         return display.html_of(display.of_state(self))
 
 
+@named("fz.init")
 def init(
     params: Any,
     optimizer: Optimizer,
@@ -137,6 +140,8 @@ def init(
             differs between ranks; or the layout leaves out a mesh axis.
         MeshError: the layout names an axis that the mesh does not have.
         PolicyError: there is no such policy.
+        TypeError, ValueError: an argument is of another kind; the seed is not of 32 bits; a mask, or the label of an
+            optimizer, fits no leaf.
 
     Example:
         >>> from fzero.optim import adamw
@@ -148,16 +153,15 @@ def init(
           leaf  shape   dtype    held   params  moments
           w     (4, 4)  float32  whole    64 B    128 B
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"fz.init: optimizer must be an fz optimizer, got {tree.describe(optimizer)}. Try fz.adamw(lr)."
-        )
+    _check_given(params, optimizer, mesh)
+    seed = int(whole("fz.init", "seed", seed, least=-(2**31), most=2**32 - 1, hint="A seed is 32 bits."))
     if isinstance(params, Sharded | State):
         raise TypeError(
             f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
         )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
     pieces, remainder = cut(params, mesh, layout, precision, seed)
+    optimizer.check_paths(pieces.paths, pieces.paths)
     device = torch.device("meta") if mesh.simulated else mesh.device
     scale, streak = (None, None) if precision.scaling is None else precision.scaling.start(device)
     return State(
@@ -169,6 +173,24 @@ def init(
         seed=torch.full((), signed(seed), dtype=torch.int32, device=device),
         optimizer=optimizer,
     )
+
+
+def _check_given(params: Any, optimizer: Any, mesh: Any) -> None:
+    """Raise for arguments of `init` of another kind."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"fz.init: optimizer must be an fz optimizer, got {tree.describe(optimizer)}. Try fz.adamw(lr): optimizers "
+            f"here are pure functions, and are given no parameters."
+        )
+    if mesh is not None and not isinstance(mesh, Mesh):
+        name = "layout" if isinstance(mesh, Layout) else "policy" if isinstance(mesh, str | Policy) else None
+        way_out = f"Pass it by its name, {name}=..." if name else "Make one: fz.make_mesh()"
+        raise TypeError(f"fz.init: mesh must be made by fz.make_mesh, got {tree.describe(mesh)}. {way_out}.")
+    if inspect.isgenerator(params):
+        raise TypeError(
+            "fz.init: params must be a tree of tensors, a module or a factory, got a generator, such as "
+            "model.parameters(), which has no names. Pass the model itself, or dict(model.named_parameters())."
+        )
 
 
 @together("fz.apply_gradients")
@@ -277,10 +299,17 @@ def train_step(
         >>> state.params.pieces[0], metrics["loss"]
         (tensor([0.5000, 0.0000]), tensor(3.))
     """
+    if not callable(loss_fn) or isinstance(loss_fn, State):
+        raise TypeError(
+            f"fz.train_step: loss_fn must be a function of (params, batch), got {tree.describe(loss_fn)}. The state is "
+            f"for the step that this makes: step = fz.train_step(loss_fn); state, metrics = step(state, batch)."
+        )
+    microbatches = int(whole("fz.train_step", "microbatches", microbatches, least=1))
     gradient = value_and_grad(loss_fn, has_aux=has_aux)
     total = gradient if microbatches == 1 and weight is None else accumulate(gradient, microbatches, weight)
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        _check_step(state, batch)
         value, grads = total(state, batch)
         loss, aux = value if has_aux else (value, {})
         if not isinstance(aux, dict):
@@ -296,6 +325,21 @@ def train_step(
     step.__doc__ = getattr(loss_fn, "__doc__", None)
     step.__name__ = step.__qualname__ = f"train_step({getattr(loss_fn, '__name__', 'loss_fn')})"
     return jit(step, donate=(0,) if donate else (), **jit_options)
+
+
+def _check_step(state: Any, batch: Any) -> None:
+    """Raise where what a step is called with is no state and a batch."""
+    if isinstance(state, State) and not isinstance(batch, State):
+        return
+    got = f"a {tree.describe(state)} and a {tree.describe(batch)}"
+    way_out = "Make a state of parameters with fz.init(params, optimizer)"
+    if isinstance(batch, State):
+        way_out = "The state comes first"
+    elif isinstance(state, Sharded):
+        way_out = "Pass the State itself, of which these are a part"
+    raise TypeError(
+        f"fz.train_step: the step takes (state, batch), a State and this rank's data; got {got}. {way_out}."
+    )
 
 
 def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:

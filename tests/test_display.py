@@ -175,7 +175,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "dtypes": lambda: fz.tree.map(lambda x: x.dtype, state_of()),
     "strings": lambda: fz.tree.map(lambda x: "<b>\n" * 100, state_of()),
     "norms": lambda: fz.tree.map(lambda x: 1.0, state_of(), is_leaf=lambda x: isinstance(x, fz.Sharded)),
-    "nothing": lambda: dataclasses.replace(state_of(), **dict.fromkeys(("params", "moments"), None)),
+    "nothing": lambda: dataclasses.replace(state_of(), params=None, moments=None),  # type: ignore[arg-type]
     "other dtypes": lambda: fz.shard(
         {"n": torch.arange(100), "c": torch.ones(3, dtype=torch.complex64)}, fz.make_mesh("cpu"), fz.zero(3)
     ),

@@ -120,6 +120,7 @@ def test_a_gradient_is_averaged_by_its_value() -> None:
         torch.testing.assert_close(leaf, 2 * flat(fz.gather(grads))[path].float(), rtol=1e-2, atol=1e-3)
 
 
+TEXT: Any = "0.9"
 STATE, OTHER = "bf16", {"w": torch.ones(3)}
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a tree": (lambda s, a: fz.ema(a, fz.gather(s.params), 0.9), TypeError, "expected a Sharded"),
@@ -131,7 +132,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "of other leaves": (lambda s, a: fz.ema(fz.shard(OTHER, s.mesh, s.layout), s, 0.9), fz.TreeError, "w"),
     "a decay above 1": (lambda s, a: fz.ema(a, s, 1.5), ValueError, "decay: expected a number of at least 0"),
-    "no decay": (lambda s, a: fz.ema(a, s, "0.9"), TypeError, "decay: expected a number"),
+    "no decay": (lambda s, a: fz.ema(a, s, TEXT), TypeError, "decay: expected a number"),
     "a vector": (lambda s, a: fz.ema(a, s, torch.ones(2)), TypeError, r"of shape \(\), got float32\(2,\)"),
     "gradients": (lambda s, a: fz.ema(fz.scale(gradient_of(s, small.parameters()), 1.0), s, 0.9), fz.LayoutError, "in"),
 }

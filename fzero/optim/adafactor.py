@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fzero.arguments import named, number, rate_of
 from fzero.collectives import all_reduce
 from fzero.kernels.adafactor import Matrices, factored_direction, finite_gradient, matrix_squares, sum_of_squares
 from fzero.kernels.storage import grouped
@@ -232,6 +233,7 @@ def _whole(params: Sharded, of_matrix: Any) -> Placement:
     return dataclasses.replace(params.placement, specs=tuple(specs))
 
 
+@named("fz.adafactor")
 def adafactor(
     lr: Rate = 1e-2,
     decay: float = -0.8,
@@ -253,7 +255,7 @@ def adafactor(
         mask: which leaves decay, see `adamw`.
 
     Raises:
-        ValueError: `clip` or an `eps` is not above 0.
+        TypeError, ValueError: a number is none, or out of its range.
 
     Source: Shazeer and Stern 2018, arXiv 1804.04235.
 
@@ -263,7 +265,13 @@ def adafactor(
         tensor([[0.9000, 0.9000],
                 [0.9000, 0.9000]])
     """
+    if not isinstance(eps, tuple | list) or len(eps) != 2:
+        raise TypeError(
+            f"fz.adafactor: eps: expected two numbers, (root of a second moment or None, size of a leaf), got {eps!r}."
+        )
     for name, value in (("clip", clip), ("eps[0]", 1.0 if eps[0] is None else eps[0]), ("eps[1]", eps[1])):
-        if not value > 0:
-            raise ValueError(f"fz.adafactor: {name}={value}; expected a number above 0.")
-    return Adafactor(lr, decay, (eps[0], eps[1]), clip, weight_decay, mask_of(mask))
+        number("fz.adafactor", name, value, above=0, finite=name != "clip")
+    number("fz.adafactor", "decay", decay, most=0, hint="A step t has a share of t ** decay.")
+    number("fz.adafactor", "weight_decay", weight_decay, least=0)
+    mask = mask_of("fz.adafactor", mask)
+    return Adafactor(rate_of("fz.adafactor", lr), decay, (eps[0], eps[1]), clip, weight_decay, mask)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fzero.arguments import named, number, rate_of
 from fzero.kernels.adamw import adamw as kernel
 from fzero.kernels.adamw import adamw_scalars
 from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
@@ -48,6 +49,7 @@ class AdamW(Elementwise):
         )  # fmt: skip
 
 
+@named("fz.adamw")
 def adamw(
     lr: Rate,
     b1: float = 0.9,
@@ -67,6 +69,9 @@ def adamw(
         mask: which leaves decay: a function of the dotted path, or a tree of booleans like the parameters.
             Default: all.
 
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range; `fz.init` raises where a mask fits no leaf.
+
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101.
 
     Example:
@@ -76,9 +81,10 @@ def adamw(
         >>> new
         tensor([0.8990, 0.8990, 0.8990])
     """
-    return AdamW(lr, b1, b2, eps, weight_decay, mask_of(mask))
+    return _checked("fz.adamw", AdamW(lr, b1, b2, eps, weight_decay, mask_of("fz.adamw", mask)))
 
 
+@named("fz.adam")
 def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> AdamW:
     """Return Adam: `adamw` without weight decay, whose arguments these are.
 
@@ -88,4 +94,13 @@ def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Ada
         >>> adam(1e-3).weight_decay
         0.0
     """
-    return AdamW(lr, b1, b2, eps, weight_decay=0.0)
+    return _checked("fz.adam", AdamW(lr, b1, b2, eps, weight_decay=0.0))
+
+
+def _checked(call: str, optimizer: AdamW) -> AdamW:
+    rate_of(call, optimizer.lr)
+    number(call, "b1", optimizer.b1, least=0, below=1)
+    number(call, "b2", optimizer.b2, least=0, below=1)
+    number(call, "eps", optimizer.eps, above=0, hint="An element without a gradient would be divided by it.")
+    number(call, "weight_decay", optimizer.weight_decay, least=0)
+    return optimizer

@@ -27,6 +27,7 @@ from fzero.errors import TreeError
 from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
 from fzero.mesh import Mesh
+from fzero.nearest import nearest
 from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
@@ -98,6 +99,17 @@ class Optimizer(ABC):
     def frozen(self, paths: Sequence[str]) -> frozenset[str]:
         """Return the paths of leaves that never change, and so need no gradient."""
         return frozenset()
+
+    def check_paths(self, own: Sequence[str], everyone: Sequence[str]) -> None:
+        """Raise where what the optimizer was told of leaves by their paths fits none.
+
+        Args:
+            own: paths of the leaves that it updates.
+            everyone: paths of all leaves of the parameters, which others may update.
+        """
+        mask: Mask | None = getattr(self, "mask", None)
+        decay: float = getattr(self, "weight_decay", 0.0)
+        check_mask(mask, own, everyone, f"none of the leaves would decay, and weight_decay is {decay}" if decay else "")
 
     def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
         """Return what a state of this optimizer holds, part by part, each with the name of whoever gives it meaning.
@@ -253,11 +265,34 @@ def rate(lr: Rate, step: Tensor) -> Tensor:
     return value.to(torch.float32) if isinstance(value, Tensor) else torch.full((), value, device=step.device)
 
 
-def mask_of(mask: Any) -> Mask | None:
+def mask_of(call: str, mask: Any, name: str = "mask") -> Mask | None:
     """Return a mask as a function of paths: from a function, or a tree of booleans like the parameters."""
     if mask is None or callable(mask):
         return mask
-    return ByPath.of(mask, "mask")
+    values = ByPath.of(mask, f"{call}: {name}")
+    for path, value in values.values:
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{call}: {name}: expected a function of the dotted path, or a tree of True and False like the "
+                f"parameters, got {tree.describe(value)} at {path or '(the whole)'}. For the leaves of a pattern write "
+                f"{name}=lambda path: fnmatch.fnmatch(path, '*.weight')."
+            )
+    return values
+
+
+def check_mask(mask: Mask | None, own: Sequence[str], everyone: Sequence[str], idle: str) -> None:
+    """Raise where a mask does not know a leaf, or names one that there is not; or chooses none, if that is `idle`."""
+    if mask is None or not everyone:
+        return
+    if isinstance(mask, ByPath):
+        mask.check(everyone)
+        for path in own:
+            mask(path)
+    elif idle and not any(mask(path) for path in everyone):
+        raise ValueError(
+            f"fz.init: the mask of the optimizer is true for no leaf, so {idle}. The paths are "
+            f"{', '.join(everyone[:5])}{', …' if len(everyone) > 5 else ''}. Mend the mask, or pass weight_decay=0."
+        )
 
 
 @dataclass(frozen=True)
@@ -274,8 +309,18 @@ class ByPath:
     def __call__(self, path: str) -> Any:
         values = dict(self.values)
         if path not in values:
-            raise TreeError(f"update: the {self.what} has nothing at {path!r}. Give it every leaf of the parameters.")
+            raise TreeError(
+                f"{self.what} has nothing at {path!r}.{nearest(path, values)} Give it every leaf of the parameters."
+            )
         return values[path]
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Raise where a path of this tree is that of no leaf."""
+        if idle := [path for path, _ in self.values if path not in set(paths)]:
+            raise TreeError(
+                f"{self.what} has {idle[0]!r}, and no leaf has this path.{nearest(idle[0], paths)} The paths are "
+                f"{', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}."
+            )
 
 
 def roundings(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> list[Rounding]:

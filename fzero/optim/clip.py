@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fzero.arguments import named, number
 from fzero.layout import Sharded
 from fzero.optim.norm import Squares, measure_leaf
 from fzero.optim.transforms import GradientTransform, NormTransform
@@ -73,6 +74,7 @@ class ClipByLastNorm(NormTransform):
         return grads.replace(factor=grads.multiplier * shrink), LastNorm(torch.where(norm.isfinite(), norm, state.norm))
 
 
+@named("fz.clip_by_global_norm")
 def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
     """Return a transform that scales gradients down to a 2-norm of at most `limit`, over all leaves and ranks.
 
@@ -83,7 +85,7 @@ def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
         limit: the largest norm, above 0.
 
     Raises:
-        ValueError: the limit is not above 0.
+        TypeError, ValueError: the limit is no number above 0.
 
     Example:
         >>> from fzero.optim import adamw, chain
@@ -93,6 +95,7 @@ def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
     return ClipByGlobalNorm(_checked("fz.clip_by_global_norm", limit))
 
 
+@named("fz.clip_by_leaf_norm")
 def clip_by_leaf_norm(limit: float) -> ClipByLeafNorm:
     """Return a transform that scales each leaf's gradient down to a 2-norm of at most `limit` by itself.
 
@@ -105,7 +108,7 @@ def clip_by_leaf_norm(limit: float) -> ClipByLeafNorm:
         limit: the largest norm of a leaf, above 0.
 
     Raises:
-        ValueError: the limit is not above 0.
+        TypeError, ValueError: the limit is no number above 0.
 
     Example:
         >>> from fzero.optim import chain, sgd
@@ -118,6 +121,7 @@ def clip_by_leaf_norm(limit: float) -> ClipByLeafNorm:
     return ClipByLeafNorm(_checked("fz.clip_by_leaf_norm", limit))
 
 
+@named("fz.clip_by_last_norm")
 def clip_by_last_norm(limit: float) -> ClipByLastNorm:
     """Return a transform that scales gradients by what would have clipped those of the step before.
 
@@ -130,7 +134,7 @@ def clip_by_last_norm(limit: float) -> ClipByLastNorm:
         limit: the norm above which the next step is clipped, above 0.
 
     Raises:
-        ValueError: the limit is not above 0.
+        TypeError, ValueError: the limit is no number above 0.
 
     Example:
         >>> from fzero.optim import chain, sgd
@@ -149,6 +153,5 @@ def _shrink(limit: float, norm: Tensor) -> Tensor:
 
 
 def _checked(call: str, limit: float) -> float:
-    if not limit > 0:
-        raise ValueError(f"{call}: the limit must be above 0, got {limit!r}.")
-    return limit
+    checked: float = number(call, "limit", limit, above=0, finite=False)
+    return checked

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fzero.arguments import named, number, rate_of
 from fzero.kernels.lion import lion as kernel
 from fzero.kernels.lion import lion_scalars
 from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
@@ -45,6 +46,7 @@ class Lion(Elementwise):
         )  # fmt: skip
 
 
+@named("fz.lion")
 def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, mask: Any = None) -> Lion:
     """Return Lion.
 
@@ -63,4 +65,10 @@ def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0,
         >>> opt.update(torch.tensor([3.0, -7.0]), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([0.5000, 1.5000])
     """
-    return Lion(lr, b1, b2, weight_decay, mask_of(mask))
+    return Lion(
+        rate_of("fz.lion", lr),
+        number("fz.lion", "b1", b1, least=0, below=1),
+        number("fz.lion", "b2", b2, least=0, below=1),
+        number("fz.lion", "weight_decay", weight_decay, least=0),
+        mask_of("fz.lion", mask),
+    )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fzero.arguments import flag, named, number, rate_of, whole
 from fzero.kernels.muon import momentum, orthogonalize
 from fzero.kernels.storage import grouped
 from fzero.kernels.write_back import write_back, write_back_scalars
@@ -26,11 +27,13 @@ from fzero.marks import mark
 from fzero.mesh import Mesh
 from fzero.optim.adamw import adamw
 from fzero.optim.base import (
+    ByPath,
     LeafState,
     Mask,
     Optimizer,
     Rate,
     Rounding,
+    check_mask,
     joined,
     kind_of,
     mask_of,
@@ -108,6 +111,12 @@ class Muon(Optimizer):
     def frozen(self, paths: Sequence[str]) -> frozenset[str]:
         return self.others.frozen([path for path in paths if self.matrix is None or not self.matrix(path)])
 
+    def check_paths(self, own: Sequence[str], everyone: Sequence[str]) -> None:
+        super().check_paths(own, everyone)
+        if isinstance(self.matrix, ByPath):
+            check_mask(self.matrix, own, everyone, "")
+        self.others.check_paths(own, everyone)
+
     def parts(self, opt_state: MuonState) -> list[tuple[str, Any]]:
         others = [(f"others: {name}", part) for name, part in self.others.parts(opt_state.others)]
         return [(kind_of(self), opt_state.matrices), *others]
@@ -183,6 +192,7 @@ class Muon(Optimizer):
         return groups
 
 
+@named("fz.muon")
 def muon(
     lr: Rate,
     momentum: float = 0.95,
@@ -215,8 +225,8 @@ def muon(
         An optimizer. With `others` its learning rate is a dict: "matrices", and "others".
 
     Raises:
-        ValueError: `steps` is below 1; or, from `init`, `matrix` chooses a leaf of fewer than two dimensions.
-        TypeError: `others` is no optimizer.
+        TypeError, ValueError: a number is none, or out of its range; `others` is no optimizer; or, from `init`,
+            `matrix` chooses a leaf of fewer than two dimensions.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv 2502.16982.
 
@@ -226,10 +236,14 @@ def muon(
         >>> (new.diagonal() < -0.02).all(), new[0, 1]
         (tensor(True), tensor(0.))
     """
-    if steps < 1:
-        raise ValueError(f"fz.muon: steps={steps}; the iteration needs at least 1.")
+    rate_of("fz.muon", lr)
+    number("fz.muon", "momentum", momentum, least=0, below=1)
+    flag("fz.muon", "nesterov", nesterov)
+    number("fz.muon", "weight_decay", weight_decay, least=0)
+    steps = int(whole("fz.muon", "steps", steps, least=1))
     if others is not None and not isinstance(others, Optimizer):
         raise TypeError(f"fz.muon: others must be an fz optimizer, got {others!r}. Try fz.adamw(lr).")
-    decay_mask = mask_of(mask)
+    decay_mask = mask_of("fz.muon", mask)
     rest = adamw(lr, weight_decay=weight_decay, mask=decay_mask) if others is None else others
-    return Muon(lr, rest, momentum, nesterov, weight_decay, decay_mask, steps, mask_of(matrix), others is None)
+    matrices = mask_of("fz.muon", matrix, "matrix")
+    return Muon(lr, rest, momentum, nesterov, weight_decay, decay_mask, steps, matrices, others is None)

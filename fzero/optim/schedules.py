@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fzero.arguments import named, rate_of, whole
 
+
+@named("fz.schedules.constant")
 @dataclass(frozen=True)
 class constant:  # noqa: N801 - used as a function
     """The same rate at every step.
@@ -24,10 +27,14 @@ class constant:  # noqa: N801 - used as a function
 
     value: float
 
+    def __post_init__(self) -> None:
+        rate_of("fz.schedules.constant", self.value, name="value")
+
     def __call__(self, step: Tensor) -> Tensor:
         return torch.full((), self.value, device=step.device)
 
 
+@named("fz.schedules.linear")
 @dataclass(frozen=True)
 class linear:  # noqa: N801
     """From `start` to `end` in a straight line over `steps` steps, then `end`.
@@ -41,10 +48,16 @@ class linear:  # noqa: N801
     end: float
     steps: int
 
+    def __post_init__(self) -> None:
+        rate_of("fz.schedules.linear", self.start, name="start")
+        rate_of("fz.schedules.linear", self.end, name="end")
+        whole("fz.schedules.linear", "steps", self.steps, least=1)
+
     def __call__(self, step: Tensor) -> Tensor:
         return self.start + (self.end - self.start) * _progress(step, 0, self.steps)
 
 
+@named("fz.schedules.warmup_cosine")
 @dataclass(frozen=True)
 class warmup_cosine:  # noqa: N801
     """Linearly from 0 to `peak` over `warmup` steps, then along a half cosine to `floor` at step `total`.
@@ -61,6 +74,9 @@ class warmup_cosine:  # noqa: N801
     total: int
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_run("fz.schedules.warmup_cosine", self.peak, self.floor, self.total, warmup=self.warmup)
+
     def __call__(self, step: Tensor) -> Tensor:
         wave = 0.5 * (1 + torch.cos(math.pi * _progress(step, self.warmup, self.total)))
         return torch.where(
@@ -68,6 +84,7 @@ class warmup_cosine:  # noqa: N801
         )
 
 
+@named("fz.schedules.wsd")
 @dataclass(frozen=True)
 class wsd:  # noqa: N801
     """Warm up, stay, decay: linearly to `peak`, `peak` until `decay` steps before `total`, linearly to `floor`.
@@ -85,9 +102,27 @@ class wsd:  # noqa: N801
     total: int
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_run("fz.schedules.wsd", self.peak, self.floor, self.total, warmup=self.warmup, decay=self.decay)
+
     def __call__(self, step: Tensor) -> Tensor:
         falling = self.peak + (self.floor - self.peak) * _progress(step, self.total - self.decay, self.total)
         return torch.where(step < self.warmup, self.peak * _rising(step, self.warmup), falling)
+
+
+def _check_run(call: str, peak: float, floor: float, total: int, **parts: int) -> None:
+    """Raise where a rate is none, or the parts of a run are longer than the run."""
+    rate_of(call, peak, name="peak")
+    rate_of(call, floor, name="floor")
+    whole(call, "total", total, least=1)
+    for name, steps in parts.items():
+        whole(call, name, steps, least=0)
+    if sum(parts.values()) > total:
+        text = " + ".join(f"{name}={steps}" for name, steps in parts.items())
+        raise ValueError(
+            f"{call}: {text} is longer than the run, total={total} steps. `total` counts all steps, the warm-up "
+            f"included: make it longer, or the parts shorter."
+        )
 
 
 def _progress(step: Tensor, start: int, end: int) -> Tensor:

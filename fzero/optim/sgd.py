@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fzero.arguments import flag, named, number, rate_of
 from fzero.kernels.sgd import sgd as kernel
 from fzero.kernels.sgd import sgd_scalars
 from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
@@ -54,6 +55,7 @@ class SGD(Elementwise):
         )  # fmt: skip
 
 
+@named("fz.sgd")
 def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0, mask: Any = None) -> SGD:
     """Return stochastic gradient descent, as `torch.optim.SGD` defines it.
 
@@ -65,7 +67,7 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: f
         mask: which leaves decay, see `adamw`.
 
     Raises:
-        ValueError: `nesterov` without momentum.
+        TypeError, ValueError: a number is none, or out of its range, or `nesterov` without momentum.
 
     Source: momentum as in Sutskever et al. 2013.
 
@@ -75,6 +77,8 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: f
         >>> opt.update(torch.ones(2), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([0.5000, 0.5000])
     """
-    if nesterov and not momentum:
+    number("fz.sgd", "momentum", momentum, least=0, most=1)
+    if flag("fz.sgd", "nesterov", nesterov) and not momentum:
         raise ValueError("fz.sgd: nesterov=True needs a momentum above 0; it is 0.")
-    return SGD(lr, momentum, nesterov, weight_decay, mask_of(mask))
+    number("fz.sgd", "weight_decay", weight_decay, least=0)
+    return SGD(rate_of("fz.sgd", lr), momentum, nesterov, weight_decay, mask_of("fz.sgd", mask))

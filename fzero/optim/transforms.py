@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fzero import tree
+from fzero.arguments import named
 from fzero.layout import Sharded
+from fzero.nearest import nearest
 from fzero.optim.base import ByPath, Optimizer, kind_of
 from fzero.optim.norm import Squares, measure
 
@@ -75,6 +77,9 @@ class Chain(Optimizer):
     def frozen(self, paths: Sequence[str]) -> frozenset[str]:
         return self.optimizer.frozen(paths)
 
+    def check_paths(self, own: Sequence[str], everyone: Sequence[str]) -> None:
+        self.optimizer.check_paths(own, everyone)
+
     def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
         *states, last = opt_state
         own = [(kind_of(transform), state) for transform, state in zip(self.transforms, states, strict=True)]
@@ -99,11 +104,15 @@ def chain(*transforms_then_optimizer: Any) -> Chain:
     """
     *transforms, optimizer = transforms_then_optimizer or (None,)
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"fz.chain: the last argument must be an optimizer, got {tree.describe(optimizer)}.")
+        raise TypeError(
+            f"fz.chain: the last argument must be an optimizer, got {tree.describe(optimizer)}. Transforms come first, "
+            f"as gradients pass them: fz.chain(fz.clip_by_global_norm(1.0), fz.adamw(3e-4))."
+        )
     for position, transform in enumerate(transforms):
         if not isinstance(transform, GradientTransform):
             raise TypeError(
-                f"fz.chain: argument {position} must be a gradient transform, got {tree.describe(transform)}."
+                f"fz.chain: argument {position} must be a gradient transform, got {tree.describe(transform)}. Only the "
+                f"last one is an optimizer; several are for groups of leaves: fz.partition_by."
             )
     return Chain(tuple(transforms), optimizer)
 
@@ -153,6 +162,20 @@ class PartitionBy(Optimizer):
         inner = [opt.frozen([paths[i] for i in groups[label]]) for label, opt in self._trained()]
         return frozenset(still.union(*inner))
 
+    def check_paths(self, own: Sequence[str], everyone: Sequence[str]) -> None:
+        if isinstance(self.labels, ByPath):
+            self.labels.check(everyone)
+        groups = self._groups(own)
+        for label, optimizer in self._trained():
+            # In a group of another partition_by this one sees some of the leaves, and may have labels for others.
+            if not groups[label] and len(own) == len(everyone):
+                used = [name for name, group in groups.items() if group]
+                raise ValueError(
+                    f"fz.partition_by: there is an optimizer for {label!r}, and no leaf has this label; leaves have "
+                    f"{used}. Label a leaf so, or leave the optimizer out."
+                )
+            optimizer.check_paths([own[i] for i in groups[label]], everyone)
+
     def parts(self, opt_state: Any) -> list[tuple[str, Any]]:
         return [
             (f"{label}: {name}", part)
@@ -170,12 +193,13 @@ class PartitionBy(Optimizer):
             if label not in groups:
                 raise ValueError(
                     f"fz.partition_by: leaf {path!r} has the label {label!r}, and there are optimizers for "
-                    f"{list(groups)}. Add one, or None to freeze such leaves."
+                    f"{list(groups)}.{nearest(label, groups)} Add one, or None to freeze such leaves."
                 )
             groups[label].append(i)
         return groups
 
 
+@named("fz.partition_by")
 def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> PartitionBy:
     """Return an optimizer that gives each group of leaves its own.
 
@@ -188,7 +212,9 @@ def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> Par
         gradients alone; to clip over all of them put the `chain` outside.
 
     Raises:
-        ValueError: from `init` or `update`, for a leaf whose label has no optimizer.
+        TypeError: `optimizers` is no dict of optimizers.
+        ValueError: from `fz.init`: a leaf's label has no optimizer, or an optimizer's label no leaf.
+        TreeError: from `fz.init`: a tree of labels has a path that no leaf has, or lacks one.
 
     Example:
         >>> from fzero.optim.adamw import adamw
@@ -196,6 +222,17 @@ def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> Par
         >>> sorted(opt.frozen(["body.w", "head.w"]))
         ['body.w']
     """
+    if not isinstance(optimizers, Mapping) or not optimizers:
+        raise TypeError(
+            f"fz.partition_by: optimizers: expected a dict from label to optimizer, got {tree.describe(optimizers)}. "
+            f"Write {{'train': fz.adamw(3e-4), 'frozen': None}}."
+        )
+    for label, optimizer in optimizers.items():
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"fz.partition_by: optimizers[{label!r}]: expected an fz optimizer, or None to freeze the group, got "
+                f"{tree.describe(optimizer)}. Try fz.adamw(lr)."
+            )
     if not callable(labels):
-        labels = ByPath.of(labels, "tree of labels")
+        labels = ByPath.of(labels, "fz.partition_by: the tree of labels")
     return PartitionBy(labels, tuple(optimizers.items()))
