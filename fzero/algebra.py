@@ -2,7 +2,7 @@
 
 A `Sharded` is a vector that is cut over ranks. What holds of a vector holds here, whatever the layout: padding is not
 part of it, a leaf that every rank holds whole counts once, a gradient's value is leaf × factor, and a leaf that is
-`None` or no floating-point tensor is not there.
+`None` or no floating-point tensor is not there. A complex leaf counts as its real and imaginary parts.
 
     dot, norm      one small all-reduce for the cut leaves, none for the whole ones
     add, scale     each rank on its pieces; what comes out is stored like the first argument
@@ -60,13 +60,13 @@ def dot(a: Sharded, b: Sharded) -> Tensor:
     dtype = torch.float32
     rows = zip(a.paths, a.pieces, b.pieces, a.placement.specs, b.placement.specs, strict=True)
     for path, x, y, of_x, of_y in rows:
-        if not _is_float(x) or not _is_float(y):
+        if not _has_arithmetic(x) or not _has_arithmetic(y):
             continue
         # Of two that are cut differently, the smaller pieces are the ones to work on: no collective is needed.
         spec = of_x if of_x.cut else of_y
         x, y = _placed(x, of_x, spec, mesh, path, "fz.dot"), _placed(y, of_y, spec, mesh, path, "fz.dot")
-        dtype = torch.promote_types(dtype, torch.promote_types(x.dtype, y.dtype))
-        product = _wide(x) * y
+        dtype = torch.promote_types(dtype, torch.promote_types(x.dtype, y.dtype).to_real())
+        product = _wide(x) * y if not x.is_complex() else (x.conj() * y).real
         axes = spec.cut + tuple(axis for axis in spec.split if axis is not None)
         sums.setdefault(axes, []).append(product.sum(dtype=torch.float64))
     value = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -133,9 +133,9 @@ def add(a: Sharded, b: Sharded, alpha: float | Tensor = 1.0, *, dtype: torch.dty
     ours, theirs, factor = _common_factor(a, b, alpha)
 
     def added(i: int, x: Tensor) -> Tensor:
-        y, stored = b.pieces[i], dtype or x.dtype
+        y, stored = b.pieces[i], _stored(x, dtype)
         x = _times(x, ours)
-        if _is_float(y):
+        if _has_arithmetic(y):
             y = _placed(y, b.placement.specs[i], a.placement.specs[i], a.mesh, a.paths[i], "fz.add")
             x = x + _times(y, theirs)
         return x.to(stored)
@@ -163,10 +163,10 @@ def scale(a: Sharded, s: float | Tensor, *, dtype: torch.dtype | None = None) ->
     check_sharded(a, "fz.scale")
     _check_dtype(dtype, "fz.scale")
     if a.factor is not None and not _is_transformed(a, s):
-        cast = a if dtype is None else on_floats(lambda _, x: x.to(dtype), a)
+        cast = a if dtype is None else on_floats(lambda _, x: x.to(_stored(x, dtype)), a)
         return cast.replace(factor=(a.factor * s).to(torch.float32))
     weight = s if a.factor is None else a.factor * s
-    return on_floats(lambda _, x: _times(x, weight).to(dtype or x.dtype), a).replace(factor=None)
+    return on_floats(lambda _, x: _times(x, weight).to(_stored(x, dtype)), a).replace(factor=None)
 
 
 def check_sharded(a: Any, call: str) -> None:
@@ -199,8 +199,13 @@ def _check_dtype(dtype: torch.dtype | None, call: str) -> None:
         raise TypeError(f"{call}: dtype: expected a floating-point dtype, such as torch.float32, got {dtype!r}.")
 
 
-def _is_float(x: Tensor | None) -> TypeGuard[Tensor]:
-    return x is not None and x.is_floating_point()
+def _stored(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return what a result is stored in: a complex leaf stays one."""
+    return x.dtype if dtype is None else torch.promote_types(x.dtype, dtype) if x.is_complex() else dtype
+
+
+def _has_arithmetic(x: Tensor | None) -> TypeGuard[Tensor]:
+    return x is not None and (x.is_floating_point() or x.is_complex())
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ def _common_factor(a: Sharded, b: Sharded, alpha: float | Tensor) -> tuple[Any, 
 
 def on_floats(f: Callable[[int, Tensor], Tensor], a: Sharded) -> Sharded:
     """Apply `f(index, piece)` to the leaves that have arithmetic."""
-    return a.replace(pieces=tuple(f(i, x) if _is_float(x) else x for i, x in enumerate(a.pieces)))
+    return a.replace(pieces=tuple(f(i, x) if _has_arithmetic(x) else x for i, x in enumerate(a.pieces)))
 
 
 def _placed(piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh, path: str, call: str) -> Tensor:

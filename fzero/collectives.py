@@ -32,6 +32,18 @@ from fzero.marks import mark
 # Up to this many received elements an all-reduce is one all-gather and a sum: fewer messages.
 _SMALL = 65536
 
+# Dtypes that gloo or NCCL does not send, as others of the same bytes.
+_SENT_AS = {
+    torch.int16: torch.int8,
+    torch.uint16: torch.uint8,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+}
+
 # torch's own sum adds up to four rows in their order. Of more, the order depends on where in its row an element
 # stands, which differs between layouts. Beyond the second number, programs would grow with the world.
 _SUM_IS_IN_ORDER = 4
@@ -58,8 +70,10 @@ def all_gather(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
     """Return the ranks' tensors stacked along dimension 0, in rank order: `(n, ...) -> (N·n, ...)`."""
     if mesh.size(axis) == 1:
         return x
-    if x.dtype == torch.int16:  # which neither gloo nor NCCL sends
-        return all_gather(x.contiguous().view(torch.int8), mesh, axis).view(torch.int16)
+    if x.is_complex():
+        return torch.view_as_complex(all_gather(_parts(x), mesh, axis))
+    if (sent := _SENT_AS.get(x.dtype)) is not None:
+        return all_gather(x.contiguous().view(sent), mesh, axis).view(x.dtype)
     gathered: Tensor = _AllGather.apply(x, mesh, axis)
     return gathered
 
@@ -74,6 +88,8 @@ def reduce_scatter(x: Tensor, mesh: Ranks, axis: str, *, dtype: torch.dtype | No
         dtype: dtype of the sum and of the result. Default: that of `x`.
     """
     dtype = dtype or x.dtype
+    if x.is_complex() and mesh.size(axis) > 1:
+        return torch.view_as_complex(reduce_scatter(_parts(x), mesh, axis, dtype=dtype.to_real()))
     return x.to(dtype) if mesh.size(axis) == 1 else _ReduceScatter.apply(x, mesh, axis, dtype)
 
 
@@ -92,6 +108,8 @@ def all_reduce(x: Tensor, mesh: Ranks, axis: str, *, dtype: torch.dtype | None =
     ranks = mesh.size(axis)
     if ranks == 1 or x.numel() == 0:
         return x.to(dtype)
+    if x.is_complex():
+        return torch.view_as_complex(all_reduce(_parts(x), mesh, axis, dtype=dtype.to_real()))
     flat = x.reshape(-1)
     if flat.numel() * ranks <= _SMALL:
         return _sum_parts(all_gather(flat, mesh, axis), ranks, dtype).reshape(x.shape)
@@ -106,6 +124,11 @@ def total(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
     Through `all_reduce` it would have the sum of the ranks' cotangents: N times as much.
     """
     return x if mesh.size(axis) == 1 else _Total.apply(x, mesh, axis)
+
+
+def _parts(x: Tensor) -> Tensor:
+    """Return a complex tensor as real and imaginary parts, which all networks send."""
+    return torch.view_as_real(x.resolve_conj())
 
 
 def pad(flat: Tensor, length: int) -> Tensor:

@@ -20,6 +20,7 @@ from fzero.functional import functional
 from fzero.kernels.storage import split_master
 from fzero.layout import Layout, Placement, Sharded, check_agreement, check_leaves, place
 from fzero.mesh import Mesh
+from fzero.parameters import check_updated
 from fzero.pieces import piece_of
 from fzero.policy import Policy
 
@@ -72,6 +73,7 @@ def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Cut:
     leaves, treedef = tree.flatten(params)
     paths = tree.structure_paths(treedef)
     check_leaves(leaves, paths, mesh, "fz.init")
+    check_updated("fz.init", paths, leaves)
     check_agreement(leaves, paths, mesh, "fz.init")
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
     return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach())
@@ -80,6 +82,7 @@ def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Cut:
 def _from_factory(factory: Callable[[], nn.Module], mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> Cut:
     model = deferred(factory, seed)
     leaves, treedef = tree.flatten(tree.nest({name: p.detach() for name, p in model.module.named_parameters()}))
+    check_updated("fz.init", tree.structure_paths(treedef), leaves)
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)
     if mesh.simulated:
         return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i])

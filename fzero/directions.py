@@ -77,6 +77,11 @@ def random_like(example: Sharded, key: int | Tensor) -> Sharded:
     seed = key if isinstance(key, Tensor) else torch.tensor(signed(key), dtype=torch.int32, device=mesh.device)
 
     def drawn(i: int, x: Tensor) -> Tensor:
+        if x.is_complex():
+            raise TypeError(
+                f"fz.random_like: leaf {example.paths[i]!r} is {x.dtype}, and draws are real. Store its real and "
+                f"imaginary parts: torch.view_as_real(leaf)."
+            )
         spec = example.placement.specs[i]
         numel, length = spec.piece_numel(mesh), spec.block_numel(mesh)
         # Blocks of a leaf that is split by P have no contiguous indices; they are numbered one after another.

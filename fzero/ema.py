@@ -24,6 +24,7 @@ from fzero.optim.moments import WithRemainder
 from fzero.peers import together
 from fzero.pieces import scaled
 from fzero.policy import policy
+from fzero.primal import is_float
 from fzero.state import State
 
 
@@ -68,7 +69,7 @@ def ema(average: Sharded | None, params: State | Sharded, decay: float | Tensor)
     check_same_leaves(average, now, "fz.ema")
     _check_average(average, now)
     pieces = [
-        old + (new - old) * weight if new is not None and old is not None and new.is_floating_point() else new
+        old + (new - old) * weight if new is not None and old is not None and is_float(new) else new
         for old, new in zip(average.pieces, now.pieces, strict=True)
     ]
     return now.replace(pieces=tuple(pieces))
@@ -97,7 +98,7 @@ def _exact(params: State | Sharded) -> Sharded:
     pieces: list[Tensor | None] = []
     for path, piece in zip(params.paths, params.pieces, strict=True):
         remainder = remainders.get(path)
-        if piece is None or not piece.is_floating_point():
+        if piece is None or not is_float(piece):
             exact = piece if piece is None else piece.clone()
         elif remainder is not None:
             exact = join_master(piece, remainder)

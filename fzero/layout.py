@@ -28,6 +28,7 @@ from fzero.arguments import named
 from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
+from fzero.parameters import check_dense
 from fzero.peers import together
 from fzero.pieces import P, Spec, cut_axes, join, piece_of, scaled
 from fzero.policy import Policy
@@ -307,6 +308,7 @@ def check_leaves(leaves: Sequence[Any], paths: Sequence[str], mesh: Mesh, call: 
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise LayoutError(f"{call}: leaf {path!r} is {tree.describe(leaf)}, and only tensors can be sharded.")
+        check_dense(call, path, leaf)
         if leaf.device.type != mesh.device.type and not mesh.simulated:
             raise LayoutError(
                 f"{call}: leaf {path!r} is on {leaf.device} and the mesh is on {mesh.device}. "

@@ -202,7 +202,7 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
         with mark(role="reduce", leaf=path, tree=of):
             if policy is not None and leaf.is_floating_point() and params.factor is None:
                 leaf = leaf.to(policy.sent)
-            dtype = leaf.dtype if policy is None else policy.reduce
+            dtype = leaf.dtype if policy is None or leaf.is_complex() else policy.reduce
             piece = reduce_leaf(leaf, spec, mesh, axes=axes, dtype=dtype).to(leaf.dtype).contiguous()
         # Autograd gives two leaves one tensor where their gradients are equal, and pieces may be donated.
         shared = not is_functorch_wrapped(piece) and storage_id(piece) in taken

@@ -128,7 +128,8 @@ def init(
             (seed, path): the same values on any number of ranks, and never more memory than the pieces plus
             the largest leaf (an initialiser that itself needs more, such as `orthogonal_` or a cast, has it
             for one leaf). What is given is copied. `requires_grad` is not looked at: freeze leaves with
-            `fz.partition_by`.
+            `fz.partition_by`. Floating-point leaves are cast to what the policy stores, float64 too; integers are
+            kept as they are.
         optimizer: such as `fz.adamw(3e-4)`.
         mesh: default: all processes, on the axis `data`.
         layout: default: `zero(3)`.
@@ -136,8 +137,8 @@ def init(
         seed: of the draws of a factory's model, of dropout and of stochastic rounding.
 
     Raises:
-        LayoutError: a leaf is no tensor or is on another device, cannot be split as the layout says, or
-            differs between ranks; or the layout leaves out a mesh axis.
+        LayoutError: a leaf is no tensor or is on another device, is complex, of float8 or not dense, cannot be split
+            as the layout says, or differs between ranks; or the layout leaves out a mesh axis.
         MeshError: the layout names an axis that the mesh does not have.
         PolicyError: there is no such policy.
         TypeError, ValueError: an argument is of another kind; the seed is not of 32 bits; a mask, or the label of an

@@ -115,7 +115,7 @@ def _gradient_terms(gradient: Sharded, keep_factor: bool) -> list[Tensor]:
     for path, piece in zip(gradient.paths, gradient.pieces, strict=True):
         if piece is not None:
             policy = gradient.placement.policy_of(path)
-            dtype = piece.dtype if policy is None else policy.reduce
+            dtype = piece.dtype if policy is None or piece.is_complex() else policy.reduce
             wide = torch.promote_types(piece.dtype, torch.float32)
             terms.append(piece.to(dtype) if keep_factor else (piece.to(wide) * factor).to(dtype))
     return [*terms, factor if keep_factor else torch.ones_like(factor)]

@@ -19,6 +19,7 @@ ORDER = [
     "arguments",
     "marks",
     "display",
+    "parameters",
     "collectives",
     "axis",
     "mesh",

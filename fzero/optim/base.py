@@ -31,6 +31,7 @@ from fzero.nearest import nearest
 from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
+from fzero.parameters import check_updated
 from fzero.pieces import Spec, join_block, own_piece
 from fzero.random import fold, signed, step_keys
 
@@ -43,7 +44,9 @@ class Optimizer(ABC):
 
     def init(self, params: Any) -> Any:
         """Return the optimizer's state for `params`: a `Sharded`, or a tree of tensors."""
-        return self.init_sharded(_lift(params))
+        lifted = _lift(params)
+        check_updated(type(self).__name__, lifted.paths, lifted.pieces)
+        return self.init_sharded(lifted)
 
     def update(
         self, grads: Any, opt_state: Any, params: Any, *, step: int | Tensor, seed: int | Tensor
