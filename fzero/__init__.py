@@ -23,9 +23,11 @@ from fzero.errors import BufferWriteError as BufferWriteError
 from fzero.errors import CotangentError as CotangentError
 from fzero.errors import DonatedError as DonatedError
 from fzero.errors import FzeroError as FzeroError
+from fzero.errors import GradientError as GradientError
 from fzero.errors import LayoutError as LayoutError
 from fzero.errors import MeshError as MeshError
 from fzero.errors import ModuleError as ModuleError
+from fzero.errors import ParameterWriteError as ParameterWriteError
 from fzero.errors import PeerError as PeerError
 from fzero.errors import PolicyError as PolicyError
 from fzero.errors import ProgramMismatchError as ProgramMismatchError
@@ -37,6 +39,7 @@ from fzero.errors import TreeError as TreeError
 from fzero.functional import functional as functional
 from fzero.kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fzero.keyed import keyed as keyed
+from fzero.labels import labels_of as labels_of
 from fzero.layout import Layout as Layout
 from fzero.layout import Sharded as Sharded
 from fzero.layout import gather as gather

@@ -247,6 +247,34 @@ def transforms_nest() -> bool:
     return forward > 0 or kinds.count(torch._C._functorch.TransformType.Grad) > 1
 
 
+def is_connected(x: torch.Tensor) -> bool:
+    """Return whether what the innermost `torch.func` transform differentiates has a path to `x`."""
+    functorch = torch._C._functorch
+    here = functorch.is_gradtrackingtensor(x) and functorch.maybe_get_level(x) == functorch.maybe_current_level()
+    return bool(here and x.requires_grad)
+
+
+def is_transformed_now() -> bool:
+    """Return whether a `torch.func` transform is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def hooks_on_gradients(module: torch.nn.Module) -> list[str]:
+    """Return the paths of the parts and parameters of a module that have hooks on gradients."""
+    parts = [
+        f"{path or type(part).__name__!r} ({type(part).__name__})"
+        for path, part in module.named_modules()
+        if part._backward_hooks or part._backward_pre_hooks
+    ]
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return parts + [name for name, p in module.named_parameters() if any(getattr(p, hook, None) for hook in hooks)]
+
+
+def under_dynamo() -> bool:
+    """Return whether `torch.compile` traces what runs now, or would trace what it calls."""
+    return torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
 def traced_node(x: torch.Tensor) -> torch.fx.Node | None:
     """Return the node of the graph that is being traced that stands for `x`, `None` where there is none."""
     mode = get_proxy_mode()
@@ -341,7 +369,10 @@ __all__ = [
     "gloo_threads",
     "group_deadline",
     "holders_of",
+    "hooks_on_gradients",
+    "is_connected",
     "is_functorch_wrapped",
+    "is_transformed_now",
     "make_fx",
     "modes_off",
     "one_gloo_thread",
@@ -359,6 +390,7 @@ __all__ = [
     "track_tensor_tree",
     "transforms_nest",
     "trunc_normal_replaced",
+    "under_dynamo",
     "unwrap_if_dead",
     "unwrapped",
 ]

@@ -13,6 +13,8 @@ no other rank. Ranks meet only in the gather before it and in the reduction afte
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import is_functorch_wrapped, storage_id
-from fzero.errors import CotangentError
+from fzero._torch import is_connected, is_functorch_wrapped, storage_id, under_dynamo
+from fzero.errors import CotangentError, GradientError
 from fzero.marks import mark, mark_line
 from fzero.peers import together
 from fzero.primal import Opened, Reduce, is_float
@@ -75,6 +77,8 @@ def vjp(
     Raises:
         CotangentError: from the pullback, for a cotangent that does not match the output.
         DonatedError: from the pullback, once the memory of a primal was donated.
+        GradientError: a primal is a `State` or a `Sharded`, and nothing that `f` returns depends on any primal.
+        ParameterWriteError: `f` writes to a leaf of a `State` or a `Sharded`.
         TypeError: `f` returns no floating-point tensor.
 
     Example:
@@ -89,9 +93,18 @@ def vjp(
 
 @together("fz.vjp")
 def _vjp(
-    f: Callable[..., Any], arguments: Sequence[Any], positions: tuple[int, ...], *, has_aux: bool, reduce: Reduce
+    f: Callable[..., Any],
+    arguments: Sequence[Any],
+    positions: tuple[int, ...],
+    *,
+    has_aux: bool,
+    reduce: Reduce,
+    scalar: bool = False,
 ) -> tuple[Any, Callable[..., tuple[Any, ...]], Any]:
-    """`vjp` with respect to the arguments at `positions`; the others are opened for `f` all the same."""
+    """`vjp` with respect to the arguments at `positions`; the others are opened for `f` all the same.
+
+    With `scalar`, `f` returns a value to be minimised: it is refused where nothing of it can be.
+    """
     if reduce not in ("mean", "sum"):
         raise ValueError(f"fz.vjp: reduce={reduce!r}; expected 'mean' or 'sum'.")
     opened = Opened.of(arguments, positions)
@@ -103,7 +116,7 @@ def _vjp(
         filled = list(leaves)
         for i, leaf in zip(where, chosen, strict=True):
             filled[i] = leaf
-        with opened.context(leaves) as mode:
+        with opened.context(leaves, differentiated=bool(where)) as mode:
             result = f(*opened.close(filled))
         structure["sums"] = mode is not None and mode.low
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
@@ -113,7 +126,8 @@ def _vjp(
         if not floats:
             raise TypeError("fz.vjp: f returned no floating-point tensor, so there is nothing to differentiate.")
         extra, _, aux_rest = tree.split(aux)
-        structure.update(output=out_rest, aux=aux_rest)
+        connected = not where or any(is_connected(x) for x in floats)
+        structure.update(output=out_rest, aux=aux_rest, connected=connected)
         return tuple(floats), (*others, *extra)
 
     if where:
@@ -121,6 +135,13 @@ def _vjp(
         floats, pull, rest = traced
     else:
         (floats, rest), pull = on_differentiable(), lambda _: ()
+    if not structure["connected"] and (scalar or opened.differentiates_parameters()):
+        raise GradientError(
+            f"{'fz.value_and_grad' if scalar else 'fz.vjp'}: what {_called(f)} returns does not depend on what it is "
+            f"differentiated by: no leaf has a path to it, so every gradient would be zero. Compute it from the "
+            f"arguments: by apply(params, ...) of apply, params = fz.functional(module), not by the module itself, and "
+            f"outside of torch.no_grad() and .detach()."
+        )
     floats, rest = _own(floats, leaves), _own(rest, leaves)
     count = structure["output"].slots.count(tree.OTHER)
     output = structure["output"].fill(floats, rest[:count])
@@ -181,12 +202,13 @@ class ValueAndGrad:
         if len(set(self.differentiated)) < len(self.differentiated):
             raise TypeError(f"fz.value_and_grad: argnums={self.argnums} names an argument twice.")
 
+        @functools.wraps(self.f, updated=())
         def on_arguments(*opened: Any) -> Any:
             *positional, keywords = opened
             return self.f(*positional, **keywords)
 
         value, pullback, aux = _vjp(
-            on_arguments, (*args, kwargs), self.differentiated, has_aux=self.has_aux, reduce=self.reduce
+            on_arguments, (*args, kwargs), self.differentiated, has_aux=self.has_aux, reduce=self.reduce, scalar=True
         )
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = ", ".join(f"{p or 'output'}: {tree.describe(x)}" for p, x in _named(value))
@@ -218,6 +240,7 @@ def value_and_grad(
         `g(*args, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
 
     Raises:
+        GradientError: from the call: the value does not depend on what `f` is differentiated by.
         TypeError: from the call: `f` does not return one floating-point number, or `argnums` names no argument, or one
             twice.
 
@@ -286,6 +309,14 @@ def check_cotangent(output: Any, cotangent: Any) -> list[Tensor]:
     return [bar for out, bar in zip(expected, given, strict=True) if is_float(out)]
 
 
+def _called(f: Callable[..., Any]) -> str:
+    """Return a function's name, and where it stands."""
+    original = inspect.unwrap(f)
+    code = getattr(original, "__code__", None)
+    place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    return f"{getattr(original, '__qualname__', type(original).__name__)}{place}"
+
+
 def _is_tracked(x: Any) -> bool:
     """Whether a transform outside of this one, or autograd, may differentiate what is made of `x`."""
     return isinstance(x, Tensor) and (is_functorch_wrapped(x) or x.requires_grad)
@@ -315,7 +346,7 @@ def _named(value: Any) -> list[tuple[str, Any]]:
 
 def refuse_dynamo(call_name: str) -> None:
     """Raise inside `torch.compile`."""
-    if torch.compiler.is_compiling():
+    if under_dynamo():
         raise RuntimeError(
             f"{call_name} inside torch.compile would silently lose gradients of custom backward functions. "
             f"Use fz.jit around the step instead of torch.compile."

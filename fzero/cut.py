@@ -18,6 +18,7 @@ from fzero.deferred import deferred
 from fzero.errors import LayoutError, PolicyError
 from fzero.functional import functional
 from fzero.kernels.storage import split_master
+from fzero.labels import warn_of_frozen
 from fzero.layout import Layout, Placement, Sharded, check_agreement, check_leaves, place
 from fzero.mesh import Mesh
 from fzero.parameters import check_updated
@@ -28,7 +29,14 @@ from fzero.policy import Policy
 Cut = tuple[Sharded, Sharded | None]
 
 
-def cut(params: Any, mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> Cut:
+def cut(
+    params: Any,
+    mesh: Mesh,
+    layout: Layout,
+    policy: Policy,
+    seed: int,
+    frozen: Callable[[Sequence[str]], frozenset[str]] = frozenset,
+) -> Cut:
     """Return this rank's pieces of parameters, as the policy stores them, and what they lack of split masters.
 
     Args:
@@ -37,12 +45,14 @@ def cut(params: Any, mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> C
         layout: where leaves live.
         policy: how they are stored.
         seed: of the draws of a factory's model.
+        frozen: of some paths, those that the optimizer leaves alone; of a module those are looked at that say so.
     """
     _check_axes(mesh, layout)
     if isinstance(params, nn.Module):
+        warn_of_frozen(params, frozen)
         params = functional(params)[1]
     if callable(params):
-        pieces, remainder = _from_factory(params, mesh, layout, policy, seed)
+        pieces, remainder = _from_factory(params, mesh, layout, policy, seed, frozen)
     else:
         pieces, remainder = _from_tree(params, mesh, layout, policy)
     _check_exempt(policy, pieces.paths)
@@ -79,8 +89,16 @@ def _from_tree(params: Any, mesh: Mesh, layout: Layout, policy: Policy) -> Cut:
     return _pieces(placed, [leaf.dtype for leaf in leaves], lambda i: leaves[i].detach())
 
 
-def _from_factory(factory: Callable[[], nn.Module], mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> Cut:
+def _from_factory(
+    factory: Callable[[], nn.Module],
+    mesh: Mesh,
+    layout: Layout,
+    policy: Policy,
+    seed: int,
+    frozen: Callable[[Sequence[str]], frozenset[str]],
+) -> Cut:
     model = deferred(factory, seed)
+    warn_of_frozen(model.module, frozen)
     leaves, treedef = tree.flatten(tree.nest({name: p.detach() for name, p in model.module.named_parameters()}))
     check_updated("fz.init", tree.structure_paths(treedef), leaves)
     placed = place([tuple(leaf.shape) for leaf in leaves], treedef, mesh, layout, policy)

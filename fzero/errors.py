@@ -39,12 +39,20 @@ class CotangentError(FzeroError, ValueError):
     """A cotangent whose structure, shape or dtype is not that of the output."""
 
 
+class GradientError(FzeroError, ValueError):
+    """A function whose result does not depend on what it is differentiated by."""
+
+
 class ResidualsError(FzeroError, ValueError):
     """Residuals that are not what their backward was traced for."""
 
 
 class BufferWriteError(FzeroError, RuntimeError):
     """A module wrote one of its buffers where buffers are read-only."""
+
+
+class ParameterWriteError(FzeroError, RuntimeError):
+    """A module or function wrote one of its parameters, which are there to be read."""
 
 
 class ModuleError(FzeroError, RuntimeError):

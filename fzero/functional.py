@@ -8,6 +8,8 @@ What a module keeps to itself becomes an argument, and what it changes becomes a
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
@@ -19,11 +21,13 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fzero import tree
+from fzero._torch import hooks_on_gradients, is_transformed_now, storage_id, unwrapped
 from fzero.deferred import deferred, without_parameters
-from fzero.errors import BufferWriteError, TreeError
+from fzero.errors import BufferWriteError, ModuleError, ParameterWriteError, TreeError
 from fzero.marks import blocks_marked
 from fzero.module_errors import explaining
 from fzero.surroundings import Shortcuts, surroundings
+from fzero.writes import read_only
 
 Tree = dict[str, Any]
 
@@ -31,20 +35,18 @@ Tree = dict[str, Any]
 @overload
 def functional(
     module: nn.Module | Callable[[], nn.Module], *, buffers: Literal[False] = False
-) -> tuple[Callable[..., Any], Tree]: ...
+) -> tuple[Apply, Tree]: ...
 
 
 @overload
-def functional(
-    module: nn.Module | Callable[[], nn.Module], *, buffers: Literal[True]
-) -> tuple[Callable[..., Any], Tree, Tree]: ...
+def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: Literal[True]) -> tuple[Apply, Tree, Tree]: ...
 
 
 def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: bool = False) -> Any:
     """Return a module as a pure function, and its parameters.
 
     The function works on a copy of the module as it is now: train or eval mode, hooks and attributes set
-    later have no effect on it. It keeps no parameters alive.
+    later have no effect on it. It keeps no parameters alive. `apply.eval` is the same function in evaluation mode.
 
     Args:
         module: the module, or a function without arguments that makes one. Of the latter, the parameters
@@ -63,7 +65,9 @@ def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: bool = F
         TypeError: `module` is neither a module nor a function that makes one, or cannot be copied.
         ValueError: the module is lazy and has not been run yet. From `apply`: a tree that does not fit.
         BufferWriteError: from `apply`, without `buffers=True`: the module wrote one of its buffers.
-        ModuleError: from `apply` under a gradient: the module does what cannot be differentiated as a function.
+        ParameterWriteError: from `apply`: the module wrote one of its parameters.
+        ModuleError: the module has hooks on gradients. From `apply` under a gradient: it does what cannot be
+            differentiated as a function.
 
     Example:
         >>> apply, params = functional(nn.Linear(2, 3))
@@ -82,41 +86,105 @@ def functional(module: nn.Module | Callable[[], nn.Module], *, buffers: bool = F
             f"fz.functional: expected an nn.Module or a function that makes one, got {type(module).__name__}."
         )
 
-    shapes = {name: p.shape for name, p in params.items()}
+    if hooked := hooks_on_gradients(module if isinstance(module, nn.Module) else skeleton):
+        raise ModuleError(
+            f"fz.functional: {hooked[0]}{f' and {len(hooked) - 1} more' if len(hooked) > 1 else ''} has a hook on "
+            f"gradients, and a function has none: it would never run. Remove it, and change the gradients that "
+            f"fz.value_and_grad returns, or the cotangent that a pullback is given. Hooks of the forward work."
+        )
+    switched = _Switched(module) if isinstance(module, nn.Module) else None
+    evaluation = skeleton
+    if any(part.training for part in skeleton.modules()):
+        evaluation = without_parameters(skeleton, {id(t): t for t in _tensors(skeleton)}).eval()
+    apply = Apply(evaluation, buffers, None, None)
+    if evaluation is not skeleton or switched is not None:
+        apply = Apply(skeleton, buffers, apply, switched)
     owned = {name: b.detach() for name, b in skeleton.named_buffers()}
-    buffer_shapes = {name: b.shape for name, b in owned.items()}
-    call = _Call(skeleton)
+    return (apply, tree.nest(params), tree.nest(owned)) if buffers else (apply, tree.nest(params))
 
-    def apply(params: Tree, *args: Any, **kwargs: Any) -> Any:
-        given = _fitting("params", params, shapes)
-        copies = _copies(owned)
+
+class Apply:
+    """A module as a pure function of its parameters, and of its buffers where it was made so; by `functional`.
+
+    Attributes:
+        eval: the same function with the module in evaluation mode.
+    """
+
+    def __init__(
+        self, skeleton: nn.Module, takes_buffers: bool, evaluation: Apply | None, switched: _Switched | None
+    ) -> None:
+        self.eval: Apply = self if evaluation is None else evaluation
+        self._call = _Call(skeleton)
+        self._shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+        self._buffers = {name: b.detach() for name, b in skeleton.named_buffers()}
+        self._takes_buffers = takes_buffers
+        self._switched = switched
+
+    def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
+        if self._switched is not None:
+            self._switched.warn()
+        given = _fitting("params", params, self._shapes)
+        if not self._takes_buffers:
+            return self._with_constants(given, args, kwargs)
+        if not args:
+            raise TypeError("fz.functional: with buffers=True, apply takes (params, buffers, ...).")
+        return self._with_buffers(given, args[0], args[1:], kwargs)
+
+    def __repr__(self) -> str:
+        module = self._call.module
+        return f"fz.functional of {type(module).__name__} in {'training' if module.training else 'evaluation'} mode"
+
+    def _with_constants(self, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        copies = _copies(self._buffers)
         with _watching(copies) as written:
-            out, after = _run(call, given, copies, args, kwargs)
-        changed = [name for name in owned if name in written or after.get(name) is not copies[name]]
-        changed += [name for name in after if name not in owned]
+            out, after = _run(self._call, given, copies, args, kwargs)
+        changed = [name for name in self._buffers if name in written or after.get(name) is not copies[name]]
+        changed += [name for name in after if name not in self._buffers]
         if changed:
             raise BufferWriteError(
                 f"fz.functional: the module wrote its buffers {', '.join(changed)}, which are constants here. Use "
-                f"apply, params, buffers = fz.functional(module, buffers=True), or module.eval() beforehand if it "
+                f"apply, params, buffers = fz.functional(module, buffers=True), or apply.eval(params, ...) if it "
                 f"writes them in training only."
             )
         return out
 
-    def apply_with_buffers(params: Tree, buffers: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
-        given = _fitting("params", params, shapes)
-        copies = _copies(_fitting("buffers", buffers, buffer_shapes))
-        out, after = _run(call, given, copies, args, kwargs)
-        if after.keys() != owned.keys():
-            names = sorted(after.keys() ^ owned.keys())
+    def _with_buffers(self, given: dict[str, Tensor], buffers: Any, args: Any, kwargs: Any) -> tuple[Any, Tree]:
+        shapes = {name: b.shape for name, b in self._buffers.items()}
+        out, after = _run(self._call, given, _copies(_fitting("buffers", buffers, shapes)), args, kwargs)
+        if after.keys() != self._buffers.keys():
+            names = sorted(after.keys() ^ self._buffers.keys())
             raise BufferWriteError(
                 f"fz.functional: the module made or removed its buffers {', '.join(names)} while it ran; the buffers "
                 f"that come out must be those that went in. Register them with a tensor from the start."
             )
         return out, tree.nest(after)
 
-    if buffers:
-        return apply_with_buffers, tree.nest(params), tree.nest(owned)
-    return apply, tree.nest(params)
+
+class _Switched:
+    """Warns once where a module is put into another mode, and the function made of it before is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training, self.warned = weakref.ref(module), module.training, False
+
+    def warn(self) -> None:
+        module = self.module()
+        if self.warned or module is None or module.training == self.training:
+            return
+        # A function made in evaluation mode is for calls, one made in training mode for gradients: such are no slip.
+        if is_transformed_now() == self.training:
+            return
+        self.warned = True
+        was, now = ("training", "evaluation") if self.training else ("evaluation", "training")
+        way = "Call apply.eval(params, ...) to evaluate." if self.training else "Put it there before fz.functional."
+        warnings.warn(
+            f"fz.functional: {type(module).__name__} was put into {now} mode after this function was made of it, which "
+            f"stays in {was} mode. {way}",
+            stacklevel=3,
+        )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _check_not_lazy(module: nn.Module) -> None:
@@ -136,9 +204,9 @@ class _Call(nn.Module):
         self.module = module
         self.shortcuts = Shortcuts.of(module)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         out = self.module(*args, **kwargs)
-        return out, dict(self.module.named_buffers())
+        return out, dict(self.module.named_buffers()), dict(self.module.named_parameters())
 
 
 def _run(
@@ -146,8 +214,25 @@ def _run(
 ) -> tuple[Any, dict[str, Tensor]]:
     tensors = {f"module.{name}": t for name, t in (*params.items(), *buffers.items())}
     module = call.module
-    with explaining("fz.functional", module), surroundings(call.shortcuts), blocks_marked(module):
-        out, after = torch.func.functional_call(call, tensors, args, kwargs)
+    memory = {name: storage_id(unwrapped(p)) for name, p in params.items()}
+    with (
+        explaining("fz.functional", module),
+        surroundings(call.shortcuts),
+        blocks_marked(module),
+        read_only(params.items()),
+    ):
+        out, after, after_params = torch.func.functional_call(call, tensors, args, kwargs)
+    replaced = [name for name in memory if after_params.get(name) is not params[name]]
+    replaced += [
+        name for name in memory if name not in replaced and storage_id(unwrapped(params[name])) != memory[name]
+    ]
+    replaced += [name for name in after_params if name not in memory]
+    if replaced:
+        raise ParameterWriteError(
+            f"fz.functional: the module put other tensors in the place of its parameters {', '.join(replaced)} while "
+            f"it ran, which would be lost. A function reads parameters, and an update alone changes them: compute what "
+            f"you need from them without assigning it."
+        )
     return out, after
 
 

@@ -114,7 +114,7 @@ def make_mesh(
         The mesh.
 
     Raises:
-        MeshError: the axes do not multiply to the number of processes.
+        MeshError: the axes do not multiply to the number of processes, or there is no such device.
 
     Example:
         >>> make_mesh("cpu").axes
@@ -175,10 +175,12 @@ def _start(device: str | torch.device | None, deadline: float | None) -> torch.d
     if device is None:
         on_cuda = torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
         device = "cuda" if on_cuda else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-        torch.cuda.set_device(place)
+    place = _device(device)
+    if place.type == "cuda":
+        _check_cuda(place)
+        if place.index is None:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+            torch.cuda.set_device(place)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with one_gloo_thread():
             dist.init_process_group(
@@ -188,6 +190,31 @@ def _start(device: str | torch.device | None, deadline: float | None) -> torch.d
         if place.type == "cpu":
             atexit.register(_leave)
     return place
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise MeshError(f"fz.make_mesh: device={device!r} is none. Pass 'cuda' or 'cpu', or leave it out.") from error
+
+
+def _check_cuda(place: torch.device) -> None:
+    """Raise where this process has no such CUDA device, before a process group waits for it."""
+    if not torch.cuda.is_available():
+        reason = "is built without it" if torch.version.cuda is None else "finds no device or no driver"
+        raise MeshError(
+            f"fz.make_mesh: device={str(place)!r}, and there is no CUDA here: torch {torch.__version__} {reason}. "
+            f"Leave the device out, or pass 'cpu'. make_mesh('cuda', simulate=True) is for looking at programs."
+        )
+    count = torch.cuda.device_count()
+    there = "there is 1" if count == 1 else f"there are {count}"
+    index = int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index
+    if index >= count:
+        raise MeshError(
+            f"fz.make_mesh: this process asks for CUDA device {index}, and {there}. "
+            f"Start one process for each device: torchrun --nproc-per-node {count}."
+        )
 
 
 def _leave() -> None:

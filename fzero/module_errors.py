@@ -20,6 +20,13 @@ _MEMORY = (
     "What is differentiated or traced has no memory to look into. Keep to operators of torch, do this outside of the "
     "function, or make an operator of it by torch.library.custom_op."
 )
+_DTYPES = (
+    "Parameters come in the compute dtype of their policy, inputs as they are: cast the input, x.to(params dtype), or "
+    "compute in its dtype: fz.policy(name, compute=torch.float32)."
+)
+_SPARSE = (
+    "Gradients are dense here: leave out sparse=True of the embedding, module.sparse = False before fz.functional."
+)
 _COMPILED = "Give fz.functional the module as it is, without torch.compile: fz.jit compiles the whole step."
 # What torch says where a function does something that it cannot differentiate or trace, and what to do instead.
 _WAYS_OUT = {
@@ -42,6 +49,11 @@ _WAYS_OUT = {
         "checkpointing: model.activation_checkpointing_disable(), and recompute by fz.remat(f), or by "
         'fz.jit(..., remat="block").'
     ),
+    "mutating directly with `.data`": "A function reads parameters, and an update alone changes them.",
+    "have the same dtype": _DTYPES,
+    "expected scalar type": _DTYPES,
+    "is not implemented for sparse": _SPARSE,
+    "sparse tensors": _SPARSE,
     "backward() called inside": "Take the gradient by fz.grad or fz.vjp, which may stand inside of one another.",
 }
 _NORM = (
@@ -49,6 +61,7 @@ _NORM = (
     'fz.policy(name, exempt=["*bn*"]) with a pattern that fits their paths.'
 )
 _OWN = (torch.__path__[0] + "/", __file__.rpartition("/")[0] + "/")
+_STANDARD = contextlib.__file__  # the decorators of contexts, which stand between a call and its body
 
 
 @contextlib.contextmanager
@@ -68,7 +81,9 @@ def explaining(call: str, root: nn.Module | None = None) -> Iterator[None]:
         running = None
         if root is not None:
             running = _innermost(error, root)
-            if not module_of(error):
+            if not module_of(error) and isinstance(error, FzeroError):
+                error.args = (f"{error}\n{_note(running, root)}", *error.args[1:])
+            elif not module_of(error):
                 error.add_note(_note(running, root))
         advice = None if isinstance(error, FzeroError) else _advice(error, running)
         if advice is None:
@@ -78,12 +93,20 @@ def explaining(call: str, root: nn.Module | None = None) -> Iterator[None]:
 
 def module_of(error: BaseException) -> str:
     """Return the line about the module that `explaining` left on an error; nothing where it left none."""
-    return next((f"{note}\n" for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)), "")
+    lines = [*getattr(error, "__notes__", ()), *str(error).splitlines()]
+    return next((f"{line}\n" for line in lines if line.startswith(_NOTE)), "")
 
 
 def line_of_user(error: BaseException) -> str:
-    """Return the innermost line of the traceback that is neither torch's nor fzero's."""
+    """Return the innermost line that is neither torch's nor fzero's: of the traceback, or of what runs now."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN)]
+    return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else line_here()
+
+
+def line_here() -> str:
+    """Return the innermost line that runs now and is neither torch's nor fzero's."""
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(_OWN)]
+    frames = [f for f in frames if not f.filename.startswith(_STANDARD)]
     return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else "  (no line of yours)"
 
 

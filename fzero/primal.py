@@ -23,6 +23,7 @@ from fzero.marks import mark
 from fzero.pieces import join, reduce_leaf, scaled
 from fzero.products import warn_if_slow
 from fzero.wide_sums import Summing, is_low, summing
+from fzero.writes import read_only
 
 Reduce = Literal["mean", "sum"]
 
@@ -107,6 +108,10 @@ class Opened:
         ]
         return [i for i, leaf in enumerate(leaves) if is_float(leaf) and wanted[i]]
 
+    def differentiates_parameters(self) -> bool:
+        """Return whether a `State` or a `Sharded` is among what is differentiated."""
+        return any(isinstance(node, Primal) and wanted for node, wanted in zip(self.nodes, self.wanted, strict=True))
+
     def gradients(self, flat: Sequence[Tensor | None], reduce: Reduce) -> tuple[Any, ...]:
         """Form the gradients of the differentiated arguments from full local gradients of all leaves."""
         formed = [
@@ -126,7 +131,7 @@ class Opened:
                     x.shape  # noqa: B018 - a donated tensor raises, and says to which call it went
 
     @contextlib.contextmanager
-    def context(self, leaves: Sequence[Any]) -> Iterator[Summing | None]:
+    def context(self, leaves: Sequence[Any], *, differentiated: bool = False) -> Iterator[Summing | None]:
         """What the function runs under: the policy's autocast, the state's random key, and wide sums on a CPU.
 
         Yields the mode that sums wide, which afterwards says whether the pullback has to run under one too.
@@ -151,6 +156,14 @@ class Opened:
             mode = summing()
             if mode is not None:
                 mode.low = mode.low or any(map(is_low, leaves))
+            named = [
+                pair
+                for node, part in self._parts(leaves)
+                if isinstance(node, Primal)
+                for pair in zip(node.params.paths, part, strict=True)
+            ]
+            if named:
+                stack.enter_context(read_only(named, differentiated=differentiated))
             yield mode
 
     @property

@@ -127,9 +127,9 @@ def init(
             arguments, that returns one. A factory's model is built leaf by leaf, with draws keyed by
             (seed, path): the same values on any number of ranks, and never more memory than the pieces plus
             the largest leaf (an initialiser that itself needs more, such as `orthogonal_` or a cast, has it
-            for one leaf). What is given is copied. `requires_grad` is not looked at: freeze leaves with
-            `fz.partition_by`. Floating-point leaves are cast to what the policy stores, float64 too; integers are
-            kept as they are.
+            for one leaf). What is given is copied. Leaves are frozen by `fz.partition_by`; those of a module that
+            require no grad and are trained get a warning. Floating-point leaves are cast to what the policy stores,
+            float64 too; integers are kept as they are.
         optimizer: such as `fz.adamw(3e-4)`.
         mesh: default: all processes, on the axis `data`.
         layout: default: `zero(3)`.
@@ -161,7 +161,7 @@ def init(
             f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
         )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
-    pieces, remainder = cut(params, mesh, layout, precision, seed)
+    pieces, remainder = cut(params, mesh, layout, precision, seed, optimizer.frozen)
     optimizer.check_paths(pieces.paths, pieces.paths)
     device = torch.device("meta") if mesh.simulated else mesh.device
     scale, streak = (None, None) if precision.scaling is None else precision.scaling.start(device)

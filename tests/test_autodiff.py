@@ -712,3 +712,60 @@ def test_eager_and_traced_gradients_have_the_same_bits():
     state, x = new_state(small.parameters()), inputs(1, torch.float32)[0]
     for transform in (fz.value_and_grad(objective), fz.value_and_grad(local_penalty)):
         small.assert_same_bits(fz.jit(transform)(state, x), transform(state, x))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Functions that do not depend on what they are differentiated by
+
+
+LINEAR = torch.nn.Linear(4, 4)
+
+
+def through_the_module(p: Any, x: Tensor) -> Tensor:
+    return LINEAR(x).sum()
+
+
+def under_no_grad(p: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (x @ p["weight"]).sum()
+
+
+CUT_OFF: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "through the module": through_the_module,
+    "under no_grad": under_no_grad,
+    "detached": lambda p, x: (x @ p["weight"].detach()).sum(),
+    "a constant": lambda p, x: torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("f", CUT_OFF.values(), ids=CUT_OFF)
+def test_a_loss_without_a_path_to_the_parameters_is_refused(f):
+    x = torch.ones(2, 4)
+    state = fz.init(LINEAR, fz.sgd(0.1), fz.make_mesh("cpu"), policy="fp32")
+    gradient = fz.value_and_grad(f)
+    calls: list[Callable[[], Any]] = [
+        lambda: gradient(state, x),
+        lambda: fz.jit(gradient)(state, x),
+        lambda: fz.accumulate(gradient, 2)(state, x),
+        lambda: fz.train_step(f, donate=False)(state, x),
+        lambda: fz.vjp(lambda s: f(s, x), state),
+        lambda: gradient({"weight": torch.ones(4, 4)}, x),
+    ]
+    for call in calls:
+        with pytest.raises(fz.GradientError, match=r"test_autodiff\.py:\d+\) returns does not depend.*apply\(params"):
+            call()
+    assert torch.isfinite(fz.call(f, state, x))
+
+
+def test_a_leaf_that_is_not_used_a_frozen_state_and_a_constant_output_are_fine():
+    x = torch.ones(2, 4)
+    state = fz.init(LINEAR, fz.sgd(0.1), fz.make_mesh("cpu"), policy="fp32")
+    _, gradient = fz.value_and_grad(lambda p, x: (x @ p["weight"]).sum())(state, x)
+    assert (fz.gather(gradient)["bias"] == 0).all()
+    frozen = fz.init(LINEAR, fz.partition_by(lambda path: "no", {"no": None}), fz.make_mesh("cpu"), policy="fp32")
+    assert fz.value_and_grad(through_the_module)(frozen, x)[1].pieces == (None, None)
+    _, pullback = fz.vjp(lambda p: (p["weight"].sum(), torch.ones(2)), state)
+    assert (fz.gather(pullback((torch.tensor(1.0), torch.ones(2)))[0])["weight"] == 1).all()
+    assert fz.vjp(lambda w: torch.ones(()), torch.ones(3))[1](torch.tensor(1.0))[0].tolist() == [0, 0, 0]
+    with torch.no_grad():
+        assert fz.value_and_grad(lambda w: (w * w).sum())(torch.ones(3))[1].tolist() == [2, 2, 2]

@@ -18,6 +18,7 @@ WRONG_ARGUMENT = {
     "TreeError",
     "BatchError",
     "CotangentError",
+    "GradientError",
     "ResidualsError",
     "ShapeError",
 }

@@ -11,6 +11,7 @@ from einops.layers.torch import EinMix, Rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import fzero as fz
 from fzero import tree
 from fzero._torch import make_fx
 from fzero.errors import BufferWriteError
@@ -229,6 +230,75 @@ def test_any_way_of_writing_works_with_buffers(cls):
     assert before.sum() == 0
     assert once.sum() > 0
     assert torch.equal(twice, once * (2 if cls is Reassigns else 1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Modes
+
+
+def dropping() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+
+
+def test_eval_is_the_function_in_evaluation_mode():
+    module, x = dropping(), torch.randn(8, 4)
+    apply, params = functional(module)
+    with_buffers, _, buffers = functional(module, buffers=True)
+    factory, _ = functional(dropping)
+    module.eval()
+    expected = module(x)
+    assert torch.equal(apply.eval(params, x), expected)
+    assert apply.eval.eval is apply.eval
+    out, after = with_buffers.eval(params, buffers, x)
+    assert torch.equal(out, expected) and tree.map(torch.equal, after, buffers) == tree.map(lambda _: True, buffers)
+    assert torch.equal(factory.eval(params, x), expected)
+    assert repr(apply) == "fz.functional of Sequential in training mode"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_that_is_switched_afterwards_warns_once(training):
+    x = torch.randn(8, 4)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train(training)
+    apply, params = functional(module)
+    calls = {True: lambda: apply(params, x), False: lambda: torch.func.vjp(lambda p: apply(p, x), params)}
+    for call in calls.values():
+        call()
+    module.train(not training)
+    calls[not training]()
+    way = r"apply\.eval\(params" if training else r"before fz\.functional"
+    with pytest.warns(UserWarning, match=f"was put into .* mode after this function.*{way}"):
+        calls[training]()
+    calls[training]()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+def test_hooks_of_the_forward_run():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[0].register_forward_hook(lambda part, inputs, output: output * 2)
+    module[1].register_forward_pre_hook(lambda part, inputs: (inputs[0] + 1,))
+    apply, params = functional(module)
+    x = torch.randn(2, 4)
+    for run in LEVELS.values():
+        assert torch.allclose(run(lambda x: apply(params, x), x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("hook", "where"),
+    [
+        (lambda m: m[0].register_full_backward_hook(lambda *_: None), r"'?0'? \(Linear\)"),
+        (lambda m: m.register_full_backward_pre_hook(lambda *_: None), r"'Sequential'"),
+        (lambda m: m[0].weight.register_hook(lambda g: g), r"0\.weight"),
+        (lambda m: m[0].bias.register_post_accumulate_grad_hook(lambda p: None), r"0\.bias"),
+    ],
+)
+def test_hooks_on_gradients_are_refused(hook, where):
+    module = nn.Sequential(nn.Linear(4, 4))
+    hook(module)
+    with pytest.raises(fz.ModuleError, match=f"{where}.* has a hook on gradients"):
+        functional(module)
 
 
 def test_a_buffer_from_nowhere_is_an_error():

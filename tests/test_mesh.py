@@ -197,3 +197,19 @@ def test_under_torchrun_it_starts_the_process_group_and_leaves_it_at_exit(tmp_pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "left", "left", "rank 0 cpu gloo", "rank 1 cpu gloo"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "there is no CUDA here.*pass 'cpu'"),
+        ("cuda:1", "there is no CUDA here"),
+        ("gpu", "device='gpu' is none"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device, message):
+    with pytest.raises(fz.MeshError, match=message):
+        fz.make_mesh(device)
+    if device != "gpu":
+        assert fz.make_mesh(device, simulate=True).device.type == "cuda"

@@ -91,7 +91,6 @@ EITHER: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "an old checkpoint": (lambda x: checkpoint(torch.sin, x, use_reentrant=True), r"fz\.remat"),
     "requires_grad_": (lambda x: x.requires_grad_(), r"activation_checkpointing_disable"),
     "backward": (lambda x: (x.sum().backward(), x)[1], r"by fz\.grad"),
-    "torch.compile": (torch.compile(torch.sin, backend="eager"), r"without torch\.compile"),
 }
 
 
@@ -102,6 +101,14 @@ def test_what_cannot_be_part_of_a_function(f: Callable[[Tensor], Any], advice: s
     with pytest.raises(fz.ModuleError, match=f"{PLACE}.*{advice}") as info:
         (fz.jit(g) if traced else g)(params)
     assert __file__ in str(info.value)
+
+
+def test_compiled_parts_run_as_they_are_and_are_refused_by_a_trace():
+    g, params = gradient(torch.compile(torch.sin, backend="eager"))
+    plain, _ = gradient(torch.sin)
+    torch.testing.assert_close(g(params), plain(params))
+    with pytest.raises(fz.ModuleError, match=rf"{PLACE}.*without torch\.compile"):
+        fz.jit(g)(params)
 
 
 def test_an_operator_without_shapes_is_refused_by_a_trace_alone():

@@ -361,3 +361,11 @@ def test_a_simulated_state_can_be_traced_and_not_run() -> None:
     assert "all_gather" in text
     with pytest.raises(fz.MeshError, match="simulated"):
         step(state, batch)
+
+
+def test_torch_compile_around_a_program_is_refused_at_once():
+    step = fz.jit(lambda x: x + 1)
+    with pytest.raises(fz.TraceError, match=r"under torch\.compile.*Call it as it is"):
+        torch.compile(step, backend="eager")(torch.ones(3))
+    assert step.programs == ()
+    assert step(torch.ones(3)).tolist() == [2, 2, 2]

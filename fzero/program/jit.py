@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import get_proxy_mode, is_functorch_wrapped
-from fzero.errors import MeshError
+from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
+from fzero.errors import MeshError, TraceError
 from fzero.peers import together
 from fzero.program import donation
 from fzero.program.announce import announce
@@ -55,6 +55,12 @@ class Jitted:
         return self._kept.programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if under_dynamo():
+            raise TraceError(
+                f"fz.jit: {self.name} is called under torch.compile, which would take it apart for a long time and "
+                f"fail. Call it as it is: fz.jit has made one program of it. Inductor compiles that program with "
+                f'lower="inductor".'
+            )
         signature, leaves = self._open(args, kwargs)
         if get_proxy_mode() is not None or any(is_functorch_wrapped(x) for x in leaves):
             return self.f(*args, **kwargs)  # inside a trace or a transform it is part of that
