@@ -56,5 +56,5 @@ def warn_of_frozen(module: nn.Module, frozen: Callable[[Sequence[str]], frozense
             f"fz.init: {len(moved)} of {total} parameters of {type(module).__name__} have requires_grad=False, such as "
             f"{moved[0]!r}, and the optimizer trains them all the same. Freeze them: "
             f'fz.partition_by(fz.labels_of(module), {{"trained": optimizer, "frozen": None}}).',
-            stacklevel=4,
+            stacklevel=5,
         )
