@@ -1,6 +1,7 @@
 """Every private name of torch that fzero uses, in one place.
 
-When an upgrade of torch moves one of them, this file breaks and no other.
+When an upgrade of torch moves one of them, this file breaks and no other. What torch itself does not load at once
+(sympy, Triton, Inductor: seconds) is imported by the function that needs it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +28,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -52,54 +53,88 @@ function_modes_off = torch._C.DisableTorchFunction
 c10d = torch.ops._c10d_functional
 
 
-# What a fake tensor raises where a value is asked for, or a shape that depends on values.
-DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-)
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """Return what a fake tensor raises where a value is asked for, or a shape that depends on values."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
-class SizesEnv(ShapeEnv):
-    """The symbols of sizes in a trace, and what the traced function asked of them, with `place()` where it asked."""
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return torch's formulas for floating-point operations, of which those of loaded libraries are part."""
+    from torch.utils.flop_counter import flop_registry
 
-    def __init__(self, place: Callable[[], str]) -> None:
-        super().__init__(duck_shape=False)  # dimensions of one size by chance stay two symbols
-        self.place = place
-        self.parts: dict[Any, Any] = {}  # symbols of sizes that are an n-th of another, and the expressions of that
+    return flop_registry
 
-    def _get_sloc(self, framework_loc: str | None = None) -> SLoc:
-        return SLoc(self.place(), None)
 
-    def new_size(self, hint: int, name: str) -> Any:
-        """Return a new symbol for a size that is `hint` here, and at least 2 elsewhere."""
-        from torch._dynamo.source import ConstantSource
+def count_flops_of(formulas: dict[Any, Callable[..., int]]) -> None:
+    """Give torch's counter of floating-point operations formulas, by operator, where a program has loaded it.
 
-        source = ConstantSource(name)
-        symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC)
-        made: Any = self.create_symintnode(symbol, hint=hint, source=source)
-        return made
+    A count that runs already, with formulas of its start, gets them too.
+    """
+    counter: Any = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    new = {operator: formula for operator, formula in formulas.items() if operator not in counter.flop_registry}
+    for operator, formula in new.items():
+        counter.register_flop_formula(operator)(formula)
+    if new:
+        for running in (getattr(mode, "counter", None) for mode in dispatch_modes()):
+            if isinstance(running, counter.FlopCounterMode):
+                running.flop_registry.update({operator: counter.flop_registry[operator] for operator in new})
 
-    def part(self, size: torch.SymInt, n: int) -> Any:
-        """Return the n-th part of a size that `n` divides, as a symbol of its own: it is known inside a loop's body."""
-        from torch.utils._sympy.functions import FloorDiv
 
-        hint = size.node.hint // n
-        if hint < 2:
-            return int(size) // n
-        whole = FloorDiv(size.node.expr, n)
-        for symbol, known in self.parts.items():
-            if known == whole:
-                found: Any = self.create_symintnode(symbol, hint=hint)
-                return found
-        made = self.new_size(hint, f"part {len(self.parts)}")
-        self.parts[made.node.expr] = whole
-        return made
+def sizes_env(place: Callable[[], str]) -> Any:
+    """Return the symbols of sizes in a trace, and what the function asked of them, with `place()` where it asked."""
+    return _sizes_env()(place)
 
-    def conditions(self) -> Iterator[tuple[Any, str]]:
-        """Iterate over what has to hold of the symbols, as expressions of sympy, and the place that asked for it."""
-        for guard in self.guards:
-            yield guard.expr, str(guard.sloc.framework_loc)
+
+@functools.cache
+def _sizes_env() -> Callable[[Callable[[], str]], Any]:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    class SizesEnv(ShapeEnv):
+        """The symbols, what was asked of them, and where."""
+
+        def __init__(self, place: Callable[[], str]) -> None:
+            super().__init__(duck_shape=False)  # dimensions of one size by chance stay two symbols
+            self.place = place
+            self.parts: dict[Any, Any] = {}  # symbols of sizes that are an n-th of another, and the expressions of that
+
+        def _get_sloc(self, framework_loc: str | None = None) -> SLoc:
+            return SLoc(self.place(), None)
+
+        def new_size(self, hint: int, name: str) -> Any:
+            """Return a new symbol for a size that is `hint` here, and at least 2 elsewhere."""
+            from torch._dynamo.source import ConstantSource
+
+            source = ConstantSource(name)
+            symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC)
+            made: Any = self.create_symintnode(symbol, hint=hint, source=source)
+            return made
+
+        def part(self, size: torch.SymInt, n: int) -> Any:
+            """Return the n-th part of a size that `n` divides, as a symbol of its own: it is known inside a loop's body."""
+            from torch.utils._sympy.functions import FloorDiv
+
+            hint = size.node.hint // n
+            if hint < 2:
+                return int(size) // n
+            whole = FloorDiv(size.node.expr, n)
+            for symbol, known in self.parts.items():
+                if known == whole:
+                    found: Any = self.create_symintnode(symbol, hint=hint)
+                    return found
+            made = self.new_size(hint, f"part {len(self.parts)}")
+            self.parts[made.node.expr] = whole
+            return made
+
+        def conditions(self) -> Iterator[tuple[Any, str]]:
+            """Iterate over what has to hold of the symbols, as expressions of sympy, and the place that asked for it."""
+            for guard in self.guards:
+                yield guard.expr, str(guard.sloc.framework_loc)
+
+    return SizesEnv
 
 
 def python_of(expression: Any) -> str:
@@ -339,6 +374,7 @@ def standalone_compile_static(
 ) -> Callable[..., Any]:
     """Compile a traced graph by Inductor for inputs that look like `like`, fake ones or real. Nothing is allocated."""
     from torch._inductor import config, standalone_compile
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # without symbols in it; with none Inductor does not use its cache
     with mode:
@@ -349,20 +385,21 @@ def standalone_compile_static(
 
 
 __all__ = [
-    "DATA_DEPENDENT_ERRORS",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
-    "SizesEnv",
     "TorchDispatchMode",
     "below_autograd",
     "bindings",
     "c10d",
+    "count_flops_of",
     "cpu_multiplies",
+    "data_dependent_errors",
     "default_store",
     "direct",
     "disable_proxy_modes_tracing",
     "dispatch_modes",
+    "flop_formulas",
     "function_modes_off",
     "functorch_level",
     "get_proxy_mode",
@@ -381,6 +418,7 @@ __all__ = [
     "record_call",
     "release_groups",
     "set_group_deadline",
+    "sizes_env",
     "standalone_compile",
     "standalone_compile_static",
     "storage_id",

@@ -17,12 +17,12 @@ Outside of a trace marks cost a look at one flag.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
 
-import einops
 import torch
 from torch import fx, nn
 from torch.fx import traceback
@@ -34,8 +34,10 @@ _OWN = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__path__[0] + "/"
 # Where a trace begins.
 _TRACER = _OWN + "program/trace.py"
+# Where einops lies, which a function may use.
+_EINOPS = str(importlib.util.find_spec("einops").origin).rpartition("/")[0] + "/"  # type: ignore[union-attr]
 # Frames between an operation and the line that the user wrote.
-_SKIPPED = (_TORCH, _OWN, einops.__path__[0], contextlib.__file__, "<")
+_SKIPPED = (_TORCH, _OWN, _EINOPS, contextlib.__file__, "<")
 
 
 @contextlib.contextmanager

@@ -381,6 +381,12 @@ def test_flops_are_those_of_the_products() -> None:
         assert counter.get_total_flops() == products * product
 
 
+def test_a_count_that_began_before_the_first_loss_has_its_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in module.FLOPS:
+        monkeypatch.delitem(torch.utils.flop_counter.flop_registry, operator, raising=False)
+    test_flops_are_those_of_the_products()
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF], ids=str)
 def test_the_ops_fulfil_torch_library_contract(dtype: torch.dtype) -> None:
     (x, weight, bias), labels = operands(5, 9, dtype)

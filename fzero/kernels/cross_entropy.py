@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fzero._torch import count_flops_of
 from fzero.kernels.softmax_chunk import fold_reference, gradient_reference, launch_fold, launch_gradient
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -124,6 +124,7 @@ class _LinearCrossEntropy(_Once):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        count_flops_of(FLOPS)
         statistics = torch.ops.fzero.linear_cross_entropy(*args)[0]
         maximum, log_total, label_logit = statistics.unbind()
         # The maximum comes off first: of a label that is nearly certain both logarithms are small, and exact.
@@ -300,15 +301,19 @@ def _(weights: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, .
     return _like_gradients(x, weight, chunk, wanted)
 
 
-@register_flop_formula(torch.ops.fzero.linear_cross_entropy)
-def _(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
     return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
-@register_flop_formula(torch.ops.fzero.linear_cross_entropy_backward)
-def _(_weights: Any, x_shape: Any, weight_shape: Any, *rest: Any, **_: Any) -> int:
+def _backward_flops(_weights: Any, x_shape: Any, weight_shape: Any, *rest: Any, **_: Any) -> int:
     x_wanted, weight_wanted, _ = rest[-1]
     return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * (1 + x_wanted + weight_wanted)
+
+
+FLOPS = {
+    torch.ops.fzero.linear_cross_entropy: _forward_flops,
+    torch.ops.fzero.linear_cross_entropy_backward: _backward_flops,
+}
 
 
 def _as_autocast(x: Tensor) -> Tensor:

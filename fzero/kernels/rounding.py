@@ -5,15 +5,22 @@ Both roundings to bfloat16 are written as operations on bits: Triton's interpret
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Any
+
+import torch
 
 from fzero import random
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton exists for Linux alone; elsewhere kernels run as their torch references
-    triton = tl = None
+triton: Any = None
+tl: Any = None
+# Elsewhere kernels run as their torch references, and Triton takes as long to import as all of fzero.
+if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ:
+    # There is no Triton but for Linux.
+    with contextlib.suppress(ImportError):
+        import triton
+        import triton.language as tl
 
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value

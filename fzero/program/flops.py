@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
 
-from fzero._torch import OpOverload
+from fzero._torch import OpOverload, count_flops_of, flop_formulas
+from fzero.kernels.cross_entropy import FLOPS
 from fzero.program.trace import Trace
 from fzero.program.walk import calls, vals
 
@@ -44,5 +44,6 @@ def formula_of(target: Any) -> Callable[..., int] | None:
     if not isinstance(target, OpOverload):
         return None
     packet = target.overloadpacket
-    found: Callable[..., int] | None = flop_registry.get(_LIKE.get(packet, packet))
-    return found
+    formulas = flop_formulas()
+    count_flops_of(FLOPS)
+    return formulas.get(_LIKE.get(packet, packet))

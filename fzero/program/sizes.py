@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import FakeTensorMode, SizesEnv, python_of
+from fzero._torch import FakeTensorMode, python_of, sizes_env
 from fzero.marks import current_line
 
 Dim = tuple[int, int]  # an input, and one of its dimensions
@@ -76,7 +76,7 @@ class Symbols:
 
     def __init__(self, dims: Sequence[Dim], shapes: Shapes, names: Sequence[str], checked: Iterable[int]) -> None:
         self.checked = sorted(checked)
-        self.env = SizesEnv(current_line)
+        self.env = sizes_env(current_line)
         self.shapes = [tuple(shape) for shape in shapes]
         self.names = names
         self.sizes: dict[Dim, torch.SymInt] = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero._torch import DATA_DEPENDENT_ERRORS, FakeTensor, FakeTensorMode, dispatch_modes, make_fx
+from fzero._torch import FakeTensor, FakeTensorMode, data_dependent_errors, dispatch_modes, make_fx
 from fzero.errors import RandomOpError, TraceError
 from fzero.keyed import current_draw, draws
 from fzero.marks import line_of, recorded
@@ -117,7 +117,7 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     try:
         with recorded(), explaining("fz.jit"), sizes_left_open() if mode.shape_env else contextlib.nullcontext():
             return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
-    except DATA_DEPENDENT_ERRORS as error:
+    except data_dependent_errors() as error:
         raise TraceError(
             f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
             f"{line_of_user(error)}\n{module_of(error)}"
