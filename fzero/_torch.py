@@ -114,7 +114,7 @@ def _sizes_env() -> Callable[[Callable[[], str]], Any]:
             return made
 
         def part(self, size: torch.SymInt, n: int) -> Any:
-            """Return the n-th part of a size that `n` divides, as a symbol of its own: it is known inside a loop's body."""
+            """Return the n-th part of a size that `n` divides, as a symbol: it is known inside a loop's body."""
             from torch.utils._sympy.functions import FloorDiv
 
             hint = size.node.hint // n
@@ -130,7 +130,7 @@ def _sizes_env() -> Callable[[Callable[[], str]], Any]:
             return made
 
         def conditions(self) -> Iterator[tuple[Any, str]]:
-            """Iterate over what has to hold of the symbols, as expressions of sympy, and the place that asked for it."""
+            """Iterate over what has to hold of the symbols, as expressions of sympy, and the place that asked."""
             for guard in self.guards:
                 yield guard.expr, str(guard.sloc.framework_loc)
 

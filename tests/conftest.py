@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import world
+from tests import triton_process, world
 
 hypothesis.settings.register_profile("fzero", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("fzero")
@@ -28,9 +28,10 @@ def seeds() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def processes() -> Iterator[None]:
-    """The processes of `tests.world` live from the first case that needs them to the end of the session."""
+    """Processes beside this one live from the first case that needs them to the end of the session."""
     yield
     world.close()
+    triton_process.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,8 +21,7 @@ from fzero.kernels.adafactor import (
     sum_of_squares,
 )
 from fzero.kernels.storage import split_master
-from tests.test_kernels_update import interpreted
-from tests.test_kernels_write_back import compiled_by_triton
+from tests.triton_process import compiled, interpreted
 
 # (matrices, rows, columns): one and several, thin and flat, smaller and larger than a tile.
 MATRICES: list[Matrices] = [
@@ -168,7 +167,7 @@ def check_ptx() -> None:
 
 
 def test_triton_kernels_compile_for_hopper() -> None:
-    compiled_by_triton("import tests.test_kernels_adafactor as t; t.check_ptx()")
+    compiled("import tests.test_kernels_adafactor as t; t.check_ptx()")
 
 
 def test_the_sum_of_squares_is_that_of_what_is_stored() -> None:

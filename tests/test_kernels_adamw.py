@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from torch import Tensor
 
 from fzero import _torch
@@ -20,12 +21,12 @@ from tests.test_kernels_update import (
     check_triton,
     compiled_for_hopper,
     expected,
-    interpreted,
     on,
     op_by_op,
     operands,
     renewed,
 )  # fmt: skip
+from tests.triton_process import interpreted
 
 __all__ = ["op_by_op"]  # a fixture
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,12 +21,13 @@ from fzero.kernels import softmax_chunk
 from fzero.kernels.cross_entropy import default_chunk, linear_cross_entropy
 from fzero.kernels.softmax_chunk import fold_reference, gradient_reference
 from tests.small import LiveBytes, assert_same_bits
+from tests.triton_process import compiled as compiled_by_triton
+from tests.triton_process import interpreted
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (FLOAT, BFLOAT, HALF, DOUBLE)
 IGNORED = -100
 WIDTH = 16
-ROOT = Path(__file__).parents[1]
 Loss = Callable[..., Tensor]
 # Forward-mode differentiation makes torch import a module of its own that uses what torch has deprecated.
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -494,31 +492,21 @@ def check_ops_against_the_plain_loss(device: str) -> None:
     assert weight_bar.isnan().all()
 
 
-def in_a_process(code: str, interpret: bool) -> None:
-    """Triton decides when it is imported whether it interprets, hence a process of its own."""
-    pytest.importorskip("triton")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-
-
 def test_interpreted_triton_kernels_equal_the_references() -> None:
-    in_a_process(
+    interpreted(
         """
-import test_kernels_cross_entropy as t
+import tests.test_kernels_cross_entropy as t
 t.softmax_chunk.BLOCK = 64
 t.check_kernels_against_references("cpu")
 t.module.runs_triton = lambda x: True
 t.check_ops_against_the_plain_loss("cpu")
-""",
-        interpret=True,
+"""
     )
 
 
 def test_triton_kernels_compile_for_hopper() -> None:
     # Needs no GPU: Triton brings its own assembler.
-    in_a_process(
+    compiled_by_triton(
         """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -533,8 +521,7 @@ for kernel in (fold_kernel, gradient_kernel):
         source = ASTSource(kernel, signature, known)
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         assert "atom." not in ptx and "red.global" not in ptx
-""",
-        interpret=False,
+"""
     )
 
 

@@ -15,11 +15,11 @@ from tests.test_kernels_update import (
     check_triton,
     compiled_for_hopper,
     expected,
-    interpreted,
     op_by_op,
     operands,
     renewed,
 )  # fmt: skip
+from tests.triton_process import interpreted
 
 __all__ = ["op_by_op"]  # a fixture
 

@@ -11,7 +11,8 @@ import tests.test_kernels_update as shared
 from fzero.kernels import compiled
 from fzero.kernels.muon import MOMENTUM, momentum, orthogonalize
 from tests.test_kernels_update import BFLOAT, FLOAT, HALF, assert_same_bits, expected, operands, renewed
-from tests.test_kernels_write_back import compiled_by_triton
+from tests.triton_process import compiled as compiled_by_triton
+from tests.triton_process import interpreted
 
 # The direction is a bfloat16 that is written anew.
 STORAGES = [(BFLOAT, kind, FLOAT) for kind in (FLOAT, BFLOAT, HALF, "8-bit")]
@@ -34,7 +35,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interpreted_triton_kernel_equals_the_reference() -> None:
     looked_ahead = "shared.check_triton('looked ahead', 'cpu', STORAGES)\n"
-    shared.interpreted(OTHER_PROCESS + looked_ahead + "shared.check_triton('momentum', 'cpu', STORAGES[3:])")
+    interpreted(OTHER_PROCESS + looked_ahead + "shared.check_triton('momentum', 'cpu', STORAGES[3:])")
 
 
 def test_triton_kernel_compiles_for_hopper() -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from fzero.kernels.codes import BLOCK, decode, encode
 from fzero.kernels.quantize import dequantize, launch_dequantize, launch_quantize, quantize
+from tests.triton_process import compiled, interpreted
 
-ROOT = Path(__file__).parents[1]
 signed_and_not = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 
 
@@ -139,16 +134,11 @@ def check_triton(device: str) -> None:
 
 
 def test_interpreted_triton_kernels_equal_the_reference() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    code = "from tests.test_kernels_quantize import check_triton; check_triton('cpu')"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    interpreted("from tests.test_kernels_quantize import check_triton; check_triton('cpu')")
 
 
 def test_triton_kernels_compile_for_hopper() -> None:
-    pytest.importorskip("triton")
-    code = """
+    compiled("""
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -158,10 +148,7 @@ for kernel, constants in ((quantize_kernel, {"SIGNED": False, "STOCHASTIC": True
     source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in kernel.arg_names}, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
     assert "fma." not in ptx and ("div.rn.f32" in ptx) == (kernel is quantize_kernel)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+""")
 
 
 @pytest.mark.gpu

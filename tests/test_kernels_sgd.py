@@ -18,12 +18,12 @@ from tests.test_kernels_update import (
     check_triton,
     compiled_for_hopper,
     expected,
-    interpreted,
     on,
     op_by_op,
     operands,
     renewed,
 )
+from tests.triton_process import interpreted
 
 __all__ = ["op_by_op"]  # a fixture
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +13,11 @@ from fzero import _torch
 from fzero.kernels import squares as module
 from fzero.kernels.squares import squares, squares_reference
 from tests.small import LiveBytes
+from tests.triton_process import compiled as compiled_by_triton
+from tests.triton_process import interpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BAD = {"nan": [math.nan], "inf": [math.inf], "-inf": [-math.inf], "nan and inf": [math.nan, math.inf, -math.inf]}
-ROOT = Path(__file__).parents[1]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -162,30 +159,20 @@ def check_triton_bits(device: str) -> None:
     assert module.launch(largest, 1).tolist() == [64 * largest[0].item() ** 2, 0.0]
 
 
-def in_a_process(code: str, interpret: bool) -> None:
-    """Triton decides when it is imported whether it interprets, hence a process of its own."""
-    pytest.importorskip("triton")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-
-
 def test_interpreted_triton_kernels_equal_the_reference() -> None:
-    in_a_process(
+    interpreted(
         """
-import test_kernels_squares as t
+import tests.test_kernels_squares as t
 t.module.BLOCK, t.module.LANES = 64, 16
 t.check_triton_against_reference("cpu")
 t.check_triton_bits("cpu")
-""",
-        interpret=True,
+"""
     )
 
 
 def test_triton_kernels_compile_for_hopper_without_atomics() -> None:
     # Needs no GPU: Triton brings its own assembler.
-    in_a_process(
+    compiled_by_triton(
         """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -204,8 +191,7 @@ for kernel, dtype, more in (
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "atom." not in ptx and "red.global" not in ptx
     assert "add.rn.f64" in ptx or "add.f64" in ptx or "fma.rn.f64" in ptx
-""",
-        interpret=False,
+"""
     )
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +18,9 @@ from fzero.kernels.sgd import SGD, sgd_scalars
 from fzero.kernels.storage import encode, grouped, is_quantized, load, split_master
 from fzero.kernels.update import Update, leaves_of, reference
 from fzero.random import leaf_keys
+from tests import triton_process
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
-ROOT = Path(__file__).parents[1]
 ZERO = torch.zeros((), dtype=torch.int32)
 # Each kernel with the numbers of a step that has been going on for a while.
 UPDATES: dict[str, tuple[Update, Tensor, dict[str, Any]]] = {
@@ -127,21 +123,9 @@ def check_triton(name: str, device: str, storages: Sequence[Sequence[Any]] = STO
                 assert_same_bits(out, wanted)
 
 
-def interpreted(code: str) -> None:
-    """Run code in a process where Triton interprets: that is decided when it is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-
-
 def compiled_for_hopper(name: str, storages: Sequence[Sequence[Any]]) -> None:
     """Compile the kernel, which needs no GPU: Triton brings its own assembler."""
-    pytest.importorskip("triton")
-    code = f"from tests.test_kernels_update import check_ptx; check_ptx({name!r}, {storages!r})"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    triton_process.compiled(f"from tests.test_kernels_update import check_ptx; check_ptx({name!r}, {storages!r})")
 
 
 POINTERS = {

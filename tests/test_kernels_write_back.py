@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ import tests.test_kernels_update as shared
 from fzero.kernels import compiled
 from fzero.kernels.storage import load
 from fzero.kernels.write_back import WRITE_BACK, write_back, write_back_scalars
+from tests import triton_process
 from tests.test_kernels_update import BFLOAT, FLOAT, HALF, assert_same_bits, expected, operands, renewed
 
 STORAGES = [(kind, FLOAT, FLOAT) for kind in (FLOAT, BFLOAT, HALF, "split")]
@@ -32,20 +30,12 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interpreted_triton_kernel_equals_the_reference() -> None:
-    shared.interpreted(OTHER_PROCESS + "shared.check_triton('write_back', 'cpu', STORAGES)")
-
-
-def compiled_by_triton(code: str) -> None:
-    """Run code in a process where Triton compiles, whatever this one does."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(shared.ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    triton_process.interpreted(OTHER_PROCESS + "shared.check_triton('write_back', 'cpu', STORAGES)")
 
 
 def test_triton_kernel_compiles_for_hopper() -> None:
     storages = [("bf16",), ("split",)]
-    compiled_by_triton(OTHER_PROCESS + f"shared.check_ptx('write_back', {storages})")
+    triton_process.compiled(OTHER_PROCESS + f"shared.check_ptx('write_back', {storages})")
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ softmax part of a chunk, on a CPU its torch reference; exponentials differ in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -310,7 +311,7 @@ def _backward_flops(_weights: Any, x_shape: Any, weight_shape: Any, *rest: Any, 
     return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * (1 + x_wanted + weight_wanted)
 
 
-FLOPS = {
+FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.fzero.linear_cross_entropy: _forward_flops,
     torch.ops.fzero.linear_cross_entropy_backward: _backward_flops,
 }

@@ -5,7 +5,7 @@ Both roundings to bfloat16 are written as operations on bits: Triton's interpret
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import os
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 
 from fzero import random
 
-triton: Any = None
-tl: Any = None
-# Elsewhere kernels run as their torch references, and Triton takes as long to import as all of fzero.
-if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ:
-    # There is no Triton but for Linux.
-    with contextlib.suppress(ImportError):
-        import triton
-        import triton.language as tl
+# On a CPU kernels run as their torch references, and Triton takes as long to import as all of fzero. Nor is it
+# everywhere: it exists for Linux alone.
+_WANTED = bool(torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ)
+if _WANTED and importlib.util.find_spec("triton"):
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = None
 
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value
