@@ -61,6 +61,7 @@ from fzero.optim import muon as muon
 from fzero.optim import partition_by as partition_by
 from fzero.optim import schedules as schedules
 from fzero.optim import sgd as sgd
+from fzero.padding import pad_to as pad_to
 from fzero.pieces import P as P
 from fzero.policy import Policy as Policy
 from fzero.policy import policy as policy

@@ -17,6 +17,7 @@ ORDER = [
     "nearest",
     "tree",
     "arguments",
+    "padding",
     "marks",
     "display",
     "parameters",
