@@ -60,19 +60,25 @@ class Family:
         """Let go of the program that was made for a signature."""
         self.programs = [(signature, program) for signature, program in self.programs if signature is not made]
 
-    def note(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Remember shapes that were called with."""
-        if self.seen:
-            rows = enumerate(zip(self.seen[0], shapes, strict=True))
-            self.varying |= {(i, d) for i, (a, b) in rows if a != b for d in range(len(a)) if a[d] != b[d]}
+    def note(self, signature: Signature, program: Program) -> None:
+        """Remember a call and the program that was made for it, which all ranks agree on."""
+        self.varying |= self._differences(signature.shapes)
         if len(self.seen) < _REMEMBERED:
-            self.seen.append(list(shapes))
+            self.seen.append(signature.shapes)
+        if program.trace.sizes is not None:
+            self.programs.append((signature, program))
 
     def to_open(self, shapes: Shapes) -> tuple[Dim, ...]:
         """Return the dimensions that a program for these shapes is to leave open."""
         if self.tries >= _TRIES:
             return ()
-        return tuple(sorted((i, d) for i, d in self.varying - self.closed if shapes[i][d] > 1))
+        varying = self.varying | self._differences(shapes)
+        return tuple(sorted((i, d) for i, d in varying - self.closed if shapes[i][d] > 1))
+
+    def _differences(self, shapes: Shapes) -> set[Dim]:
+        """Return the dimensions in which shapes differ from the first that were seen."""
+        rows = enumerate(zip(self.seen[0], shapes, strict=True) if self.seen else ())
+        return {(i, d) for i, (a, b) in rows for d in range(len(a)) if a[d] != b[d]}
 
     def first_like(self, shapes: Shapes, dims: Sequence[Dim]) -> list[tuple[int, ...]]:
         """Return the first shapes seen that differ from these in open dimensions alone, and have no such program."""

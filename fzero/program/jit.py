@@ -80,6 +80,8 @@ class Jitted:
                 program.make_ready()
                 announce(program, call, signature.by_path())
                 self._kept.put(signature, program)
+                if takes_any_size(leaves, self.options):
+                    self._families.of(signature, leaves).note(signature, program)
             count_run(program, call)
             return donation.run_donating(program, leaves, signature.donated, call)
 
@@ -125,11 +127,8 @@ class Jitted:
         cause = self._cause(signature)
         if takes_any_size(leaves, self.options):
             family = self._families.of(signature, leaves)
-            family.note(signature.shapes)
             if trace := opened(family, functools.partial(self._trace, signature), leaves, signature, self.name):
-                program = self._finished(trace, cause)
-                family.programs.append((signature, program))
-                return program
+                return self._finished(trace, cause)
         return self._fixed(signature, leaves, cause)
 
     def _fixed(self, signature: Signature, leaves: Sequence[Tensor], cause: str) -> Program:
