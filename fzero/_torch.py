@@ -184,6 +184,11 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def own_connection(prefix: str) -> Any:
+    """Return another connection to that store, under a prefix: one in which somebody waits serves nobody else."""
+    return torch.distributed.distributed_c10d.PrefixStore(prefix, default_store().clone())
+
+
 def group_deadline() -> float:
     """Return how many seconds a collective of the default group may wait."""
     group = torch.distributed.group.WORLD
@@ -413,6 +418,7 @@ __all__ = [
     "make_fx",
     "modes_off",
     "one_gloo_thread",
+    "own_connection",
     "python_of",
     "readable",
     "record_call",

@@ -23,13 +23,13 @@ from fzero import tree
 from fzero._torch import is_functorch_wrapped
 from fzero.collectives import total
 from fzero.errors import LayoutError, TreeError
-from fzero.layout import Sharded
+from fzero.layout import Sharded, held
 from fzero.mesh import Mesh
-from fzero.peers import together
+from fzero.peers import collective
 from fzero.pieces import Spec, placed_as
 
 
-@together("fz.dot")
+@collective("fz.dot", held)
 def dot(a: Sharded, b: Sharded) -> Tensor:
     """Return the inner product of two sharded trees, over all leaves and all ranks.
 
@@ -102,7 +102,7 @@ def norm(a: Sharded) -> Tensor:
     return torch.where(nothing, 0.0, torch.where(nothing, 1.0, square).sqrt())
 
 
-@together("fz.add")
+@collective("fz.add", lambda a, b, *_, **__: held(a, b))
 def add(a: Sharded, b: Sharded, alpha: float | Tensor = 1.0, *, dtype: torch.dtype | None = None) -> Sharded:
     """Return `a + alpha · b`, stored as `a` is.
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import is_connected, is_functorch_wrapped, storage_id, under_dynamo
 from fzero.errors import CotangentError, GradientError
+from fzero.layout import held
 from fzero.marks import mark, mark_line
-from fzero.peers import together
+from fzero.peers import collective
 from fzero.primal import Opened, Reduce, is_float
 from fzero.wide_sums import Summing, summing
 
@@ -91,7 +92,7 @@ def vjp(
     return (output, pullback, aux) if has_aux else (output, pullback)
 
 
-@together("fz.vjp")
+@collective("fz.vjp", lambda f, arguments, positions, **_: _held(arguments, positions))
 def _vjp(
     f: Callable[..., Any],
     arguments: Sequence[Any],
@@ -149,7 +150,7 @@ def _vjp(
     expected = tree.map(abstract, output)
     plain = not any(_is_tracked(x) for x in leaves)
 
-    @together("pullback")
+    @collective("pullback", lambda *_: _held(arguments, positions))
     def pullback(cotangent: Any, counts: Tensor | None = None) -> tuple[Any, ...]:
         opened.check_not_donated()
         cotangents = check_cotangent(expected, cotangent)
@@ -183,6 +184,7 @@ class ValueAndGrad:
     def differentiated(self) -> tuple[int, ...]:
         return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
 
+    @collective("fz.value_and_grad", lambda self, *args, **kwargs: _held((*args, kwargs), self.differentiated))
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.weighted(None, *args, **kwargs)
 
@@ -265,7 +267,7 @@ def grad(
     return ValueAndGrad(f, argnums, has_aux, reduce, only_grad=True)
 
 
-@together("fz.call")
+@collective("fz.call", lambda f, *args: held(*args))
 def call(f: Callable[..., Any], *args: Any) -> Any:
     """Call `f` with every `State` and `Sharded` in the arguments gathered to full parameters.
 
@@ -320,6 +322,12 @@ def _called(f: Callable[..., Any]) -> str:
 def _is_tracked(x: Any) -> bool:
     """Whether a transform outside of this one, or autograd, may differentiate what is made of `x`."""
     return isinstance(x, Tensor) and (is_functorch_wrapped(x) or x.requires_grad)
+
+
+def _held(arguments: Sequence[Any], positions: Sequence[int]) -> list[str]:
+    """Return what the collectives of a gradient depend on."""
+    lines = held(*arguments)
+    return [*lines, f"gradients of {positions}"] if lines else []
 
 
 def abstract(leaf: Any) -> Any:

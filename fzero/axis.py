@@ -17,6 +17,11 @@ from torch import Tensor
 
 from fzero.collectives import Ranks, all_gather, all_reduce, reduce_scatter
 from fzero.errors import ShapeError
+from fzero.peers import collective
+
+
+def _kind(axis: Axis, x: Tensor, dim: int | None = None) -> list[str]:
+    return [] if axis.size == 1 else [f"{x.dtype}{tuple(x.shape)} over {axis.name}, dimension {dim}"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Axis:
         """This rank's coordinate, int32 of shape (): data, so that all ranks trace the same program."""
         return self.ranks.index_tensor(self.name)
 
+    @collective("fz.Axis.sum", _kind)
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over the axis, the same bits on every rank.
 
@@ -49,6 +55,7 @@ class Axis:
         """
         return all_reduce(x, self.ranks, self.name)
 
+    @collective("fz.Axis.gather", _kind)
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return the ranks' tensors joined along `dim`, in rank order: of size `n` there, `size · n`.
 
@@ -68,6 +75,7 @@ class Axis:
         self._check(x, dim, "gather")
         return all_gather(x.movedim(dim, 0), self.ranks, self.name).movedim(0, dim)
 
+    @collective("fz.Axis.scatter", _kind)
     def scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return this rank's part of the sum over the axis: of size `size · n` along `dim`, `n`.
 

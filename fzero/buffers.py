@@ -18,10 +18,17 @@ from torch import Tensor
 from fzero import tree
 from fzero.collectives import all_reduce
 from fzero.mesh import Mesh
-from fzero.peers import together
+from fzero.peers import collective
 
 
-@together("fz.average")
+def _shapes(values: Any, mesh: Mesh, axes: str | Sequence[str] | None = None) -> list[str]:
+    if mesh.processes is None:
+        return []
+    floats = [x for x in tree.leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [f"over {axes}", *(f"{tuple(x.shape)} {x.dtype}" for x in floats)] if floats else []
+
+
+@collective("fz.average", _shapes)
 def average(values: Any, mesh: Mesh, axes: str | Sequence[str] | None = None) -> Any:
     """Return a tree whose floating-point tensors are the means over the ranks, the same bits on every rank.
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fzero.algebra import add, check_sharded, on_floats
-from fzero.layout import Sharded
-from fzero.peers import together
+from fzero.layout import Sharded, held
+from fzero.peers import collective
 from fzero.random import leaf_keys, normal, signed
 
 
-@together("fz.like")
+@collective("fz.like", held)
 def like(a: Sharded, example: Sharded) -> Sharded:
     """Return the values of `a` cut, stored and typed as `example` is: a gradient as a direction for parameters.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
 from fzero.parameters import check_dense
-from fzero.peers import together
+from fzero.peers import collective
 from fzero.pieces import P, Spec, cut_axes, join, piece_of, scaled
 from fzero.policy import Policy
 
@@ -131,6 +132,15 @@ class Placement:
     mesh: Mesh
     layout: Layout
     policy: Policy | None = None
+
+    @functools.cached_property
+    def lines(self) -> tuple[str, ...]:
+        """What collectives on the leaves depend on, one line each, the same on every rank; none on one rank."""
+        if self.mesh.processes is None:
+            return ()
+        axes, stage = dict(self.mesh.axes), self.layout.stage
+        rows = zip(self.paths, self.specs, strict=True)
+        return tuple(f"{path}: {spec.shape} over {spec.cut} {spec.split} of {axes}, {stage}" for path, spec in rows)
 
     def __hash__(self) -> int:  # dataclass would hash every spec, and this is a cache key on every call
         return hash((self.paths, self.layout))
@@ -251,7 +261,7 @@ def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) ->
     return Sharded(pieces, placed)
 
 
-@together("fz.gather")
+@collective("fz.gather", lambda sharded: held(sharded))
 def gather(sharded: Any) -> Any:
     """Return full tensors of true shapes for a `Sharded`, or for every `Sharded` in a tree.
 
@@ -294,6 +304,16 @@ def _gather_node(node: Any) -> Any:
         owns_memory = node.factor is not None or node.mesh.size(spec.cut + tuple(a for a in spec.split if a)) > 1
         whole.append(leaf if owns_memory else leaf.clone())
     return tree.unflatten(node.placement.treedef, whole)
+
+
+def held(*arguments: Any) -> list[str]:
+    """Return what collectives on the `Sharded` in a tree depend on, as lines of text; none if they are not cut."""
+    lines: list[str] = []
+    for node in tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Sharded)):
+        if isinstance(node, Sharded):
+            rows = zip(node.placement.lines, node.pieces, strict=False)
+            lines += [f"{line} {None if piece is None else piece.dtype}" for line, piece in rows]
+    return lines
 
 
 def check_not_simulated(sharded: Sharded, call: str) -> None:

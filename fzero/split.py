@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,17 +25,17 @@ from fzero.autodiff import abstract, check_cotangent, refuse_dynamo, vjp
 from fzero.errors import MeshError, ResidualsError, TraceError
 from fzero.peers import together
 from fzero.primal import Opened, Primal, Reduce, is_float
-from fzero.program.announce import announce, fingerprint
+from fzero.program.fingerprint import fingerprint
 from fzero.program.inline import inline
 from fzero.program.kinds import kinds_in
 from fzero.program.lowering import lowered
 from fzero.program.options import Options
+from fzero.program.order import in_first_order
 from fzero.program.partition import Halves, cotangent_like, partition
 from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
 from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.program.trace import Trace, trace_flat
-from fzero.program.watch import count_run
 from fzero.residuals import Residuals, SavedResiduals, check_held
 
 # Eagerly both halves run operation by operation, on every device.
@@ -144,9 +145,8 @@ class _Split:
             program = joint.programs.get(half)
             if program is None:
                 program = _program(call, trace)
-                announce(program, call, signature.by_path())
-                joint.programs[half] = program
-            count_run(program, call)
+            program.agree(call, signature.by_path, inputs)
+            joint.programs[half] = program
             return program(list(inputs))
 
 
@@ -219,7 +219,7 @@ def residuals(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., 
 
 def _program(name: str, trace: Trace) -> Program:
     with collector_paused():
-        trace, stages = run_passes(trace, _OPTIONS)
+        trace, stages = in_first_order(name, partial(run_passes, trace, _OPTIONS))
     return Program(name, trace, lowered(trace, _OPTIONS), "first call", stages)
 
 

@@ -26,12 +26,12 @@ from fzero.autodiff import value_and_grad
 from fzero.collectives import all_reduce
 from fzero.cut import cut
 from fzero.fits import fitting
-from fzero.layout import Layout, Sharded, zero
+from fzero.layout import Layout, Sharded, held, zero
 from fzero.mesh import Mesh, make_mesh
 from fzero.optim.base import Optimizer
 from fzero.optim.norm import measure
 from fzero.optim.pair import check_pair
-from fzero.peers import together
+from fzero.peers import collective
 from fzero.policy import Policy
 from fzero.policy import policy as policy_of
 from fzero.primal import Primal
@@ -194,7 +194,7 @@ def _check_given(params: Any, optimizer: Any, mesh: Any) -> None:
         )
 
 
-@together("fz.apply_gradients")
+@collective("fz.apply_gradients", lambda state, grads, skip=None: held(state, grads))
 def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> tuple[State, dict[str, Any]]:
     """Update a state by its gradients.
 

@@ -20,17 +20,16 @@ from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
 from fzero.errors import MeshError, TraceError
 from fzero.peers import together
 from fzero.program import donation
-from fzero.program.announce import announce
 from fzero.program.family import Families, opened
 from fzero.program.kinds import kinds_in
 from fzero.program.lowering import lowered, takes_any_size
 from fzero.program.options import Options
+from fzero.program.order import in_first_order
 from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
 from fzero.program.retrace import Kept, names_of
 from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.program.trace import Trace, trace_flat
-from fzero.program.watch import count_run
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +73,15 @@ class Jitted:
         if self.donate:
             donation.check_distinct(leaves, signature, f"fz.jit: {self.name}")
         with together(call):
-            program = self._known(signature, leaves)
-            if program is None:
-                program = self._program(signature, leaves)
+            known = self._known(signature, leaves)
+            program = known or self._program(signature, leaves)
+            if known is None:
                 program.make_ready()
-                announce(program, call, signature.by_path())
+            program.agree(call, signature.by_path, leaves)
+            if known is None:
                 self._kept.put(signature, program)
                 if takes_any_size(leaves, self.options):
                     self._families.of(signature, leaves).note(signature, program)
-            count_run(program, call)
             return donation.run_donating(program, leaves, signature.donated, call)
 
     def trace(self, *args: Any, **kwargs: Any) -> Program:
@@ -128,11 +127,12 @@ class Jitted:
         if takes_any_size(leaves, self.options):
             family = self._families.of(signature, leaves)
             if trace := opened(family, functools.partial(self._trace, signature), leaves, signature, self.name):
-                return self._finished(trace, cause)
-        return self._fixed(signature, leaves, cause)
+                return self._finished(trace, cause, runs=True)
+        return self._fixed(signature, leaves, cause, runs=True)
 
-    def _fixed(self, signature: Signature, leaves: Sequence[Tensor], cause: str) -> Program:
-        return self._finished(self._trace(signature, examples_of(leaves, signature.simulated_on)), cause)
+    def _fixed(self, signature: Signature, leaves: Sequence[Tensor], cause: str, *, runs: bool = False) -> Program:
+        trace = self._trace(signature, examples_of(leaves, signature.simulated_on))
+        return self._finished(trace, cause, runs=runs)
 
     def _trace(self, signature: Signature, examples: Sequence[Tensor]) -> Trace:
         with collector_paused():
@@ -145,9 +145,10 @@ class Jitted:
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self.programs) + 1, cause)
         return cause
 
-    def _finished(self, trace: Trace, cause: str) -> Program:
+    def _finished(self, trace: Trace, cause: str, *, runs: bool = False) -> Program:
+        passes = functools.partial(run_passes, trace, self.options)
         with collector_paused():
-            trace, stages = run_passes(trace, self.options)
+            trace, stages = in_first_order(self.name, passes) if runs else passes()
         return Program(self.name, trace, lowered(trace, self.options), cause, stages)
 
 
@@ -171,7 +172,8 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
         DonatedError: from the call, for an argument that was donated before.
         TraceError: from the call, if `f` looks at the values of tensors.
         ValueError: from the call, if donated memory is reached twice.
-        ProgramMismatchError: from the call, on every rank, if ranks hold different programs.
+        ProgramMismatchError: from the call, on every rank, if ranks are about to run different collectives: programs of
+            other functions, or of one whose collectives differ. All else may differ, such as the lengths of batches.
 
     Example:
         >>> import torch

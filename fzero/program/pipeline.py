@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from fzero.program.memory import peak_bytes
 from fzero.program.options import Options
+from fzero.program.order import Order, with_order
 from fzero.program.passes.bucket import bucket
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
@@ -57,10 +58,12 @@ class Stage:
     seconds: float
 
 
-def run_passes(trace: Trace, options: Options) -> tuple[Trace, tuple[Stage, ...]]:
-    """Return the trace after all passes, and what it was after each."""
+def run_passes(trace: Trace, options: Options, order: Order | None = None) -> tuple[Trace, tuple[Stage, ...]]:
+    """Return the trace after all passes, and what it was after each; with its collectives in an order, if given."""
     stages = [_stage("trace", trace, 0.0)]
     for run in PASSES:
+        if order is not None and run is schedule:
+            trace = with_order(trace, order)
         start = time.perf_counter()
         trace = applied(run, trace, options)
         stages.append(_stage(run.__name__, trace, time.perf_counter() - start))

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, fx
 
-from fzero._torch import OpOverload
 from fzero.display import html_of_program
+from fzero.marks import line_of
+from fzero.peers import compare
 from fzero.program.devices import Device, Estimate, estimate
 from fzero.program.failure import note_place
 from fzero.program.flops import flops_of
 from fzero.program.lower import Lowered
 from fzero.program.lowering import Late
 from fzero.program.memory import Memory, memory_of
+from fzero.program.order import collectives, digest
 from fzero.program.pipeline import Stage
 from fzero.program.sizes import Dim, Shapes
 from fzero.program.text import costs, stage_table, text_of
 from fzero.program.trace import Trace
 from fzero.program.traffic import Traffic, traffic_of
-from fzero.program.walk import calls
+from fzero.program.values import tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +120,36 @@ class Program:
         return flops_of(self.trace)
 
     @functools.cached_property
-    def communicates(self) -> bool:
-        """Whether it holds collectives, loop bodies included."""
-        targets = (node.target for node, _ in calls(self.trace))
-        return any(isinstance(target, OpOverload) and "c10d" in target.namespace for target in targets)
+    def digest(self) -> str:
+        """A hash of the function's name and the collectives in their order; empty where there are none."""
+        return digest(self.name, self.trace)
+
+    def agree(self, call: str, arguments: Callable[[], Mapping[str, str]], inputs: Sequence[Tensor]) -> None:
+        """Wait until all ranks are about to run programs of this function with these collectives.
+
+        Without collectives it is this rank's own affair.
+
+        Args:
+            call: such as `step (call 7)`.
+            arguments: path to dtype and shape, or to the constant that stands there.
+            inputs: what it is about to run on.
+
+        Raises:
+            ProgramMismatchError: another rank is about to run something else, or nothing before the deadline.
+            PeerError: another rank raised in this call.
+        """
+        if not self.digest or not dist.is_initialized():
+            return
+        # Sizes of collectives that the program leaves open are known now.
+        given = f"{self.digest} {[tuple(x.shape) for x in inputs]}" if self._sends_open_sizes else self.digest
+        compare(given, call, arguments, lambda: [(n, _place(node)) for n, node in collectives(self.trace)])
+
+    @functools.cached_property
+    def _sends_open_sizes(self) -> bool:
+        if self.trace.sizes is None:
+            return False
+        sent = (x for _, node in collectives(self.trace) for source in node.all_input_nodes for x in tensors_of(source))
+        return any(not isinstance(size, int) for x in sent if x is not None for size in x.shape)
 
     def __repr__(self) -> str:
         count = sum(node.op == "call_function" for node in self.trace.module.graph.nodes)
@@ -128,3 +157,8 @@ class Program:
 
     def _repr_html_(self) -> str:
         return html_of_program(repr(self), self.memory(), self.traffic(), self.flops(), self.stages)
+
+
+def _place(node: fx.Node) -> str | None:
+    line = line_of(node)
+    return None if line is None else f"{line[0]}:{line[1]}"

@@ -42,6 +42,7 @@ class Trace:
         bodies: the loop bodies that the graph refers to, by the name of the attribute.
         kinds: what each input is for, as `fzero.program.kinds.kinds_in` says; empty where nobody asked.
         sizes: which sizes of the inputs are left open; `None` where all are fixed.
+        order: the names of its collectives in the order in which passes keep them, see `fzero.program.order`.
     """
 
     module: fx.GraphModule
@@ -51,6 +52,7 @@ class Trace:
     bodies: Mapping[str, Trace] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
     sizes: Sizes | None = None
+    order: tuple[str, ...] | None = None
 
     def replace(self, **changes: Any) -> Trace:
         """Return a copy with some attributes changed."""

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from fzero._torch import c10d
+from fzero._torch import OpOverload, c10d
 
 WAIT = c10d.wait_tensor.default
 ISSUES = frozenset(
@@ -21,6 +21,12 @@ ISSUES = frozenset(
     )
 )
 GATHERS = frozenset((c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_coalesced.default))
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Return whether a node starts a collective, or sends something to one rank."""
+    target = node.target
+    return isinstance(target, OpOverload) and target.namespace == "_c10d_functional" and target is not WAIT
 
 
 def issue_of(wait: fx.Node) -> fx.Node | None:

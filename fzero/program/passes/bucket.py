@@ -201,18 +201,29 @@ _MERGE: dict[Any, Callable[..., None]] = {
 
 def _sort(graph: fx.Graph, before: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
     """Bring new nodes, which stand at the end, in front of what first needs them; keep the order otherwise."""
+    order = sorted_by(graph, before)
+    assert order is not None, "no bucket needs itself"
+    reorder(graph, order)
+
+
+def sorted_by(graph: fx.Graph, before: Mapping[fx.Node, Sequence[fx.Node]]) -> list[fx.Node] | None:
+    """Return the nodes in their order, what must come before another brought in front of it; `None` if none can be."""
     emitted: dict[fx.Node, None] = {}
     present = set(graph.nodes)
-    for wanted in list(graph.nodes):
-        stack = [wanted]
+    for wanted in graph.nodes:
+        stack, under_way = [wanted], {wanted}
         while stack:
             needed = (*stack[-1].all_input_nodes, *before.get(stack[-1], ()))
             missing = next((source for source in needed if source not in emitted and source in present), None)
             if missing is None:
+                under_way.discard(stack[-1])
                 emitted[stack.pop()] = None
+            elif missing in under_way:
+                return None
             else:
                 stack.append(missing)
-    reorder(graph, emitted)
+                under_way.add(missing)
+    return list(emitted)
 
 
 def reorder(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

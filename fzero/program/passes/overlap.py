@@ -10,6 +10,8 @@ follows from a reduction waits until later reductions have started:
 One gather at most is under way ahead of its time: it starts behind the wait for the one before, and as much later as it
 takes for its bytes to fit under the peak of the schedule plus `overlap` bytes. In the same way what reductions send
 and receive is held as long as it fits, and at most until eight more have started: a block has about as many.
+
+Where the trace has an order of its collectives, none overtakes another.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import fx
 
 from fzero.program.memory import inside_loops, live_bytes
 from fzero.program.options import Options
+from fzero.program.order import named
 from fzero.program.passes.bucket import reorder
 from fzero.program.pieces import from_pieces
 from fzero.program.trace import Trace, copied
@@ -42,8 +45,9 @@ def overlap(trace: Trace, options: Options) -> Trace:
     live = live_bytes(order, values, inside)
     limit = max(live, default=0) + options.overlap
     cheap = from_pieces(graph, values.overwritten())
-    order, live = _gathers_early(order, live, limit, values, cheap)
-    late = _reductions_late(order, live, limit, values, cheap, precedences(graph, values))
+    fixed = set() if trace.order is None else {node for _, node in named(trace)}
+    order, live = _gathers_early(order, live, limit, values, cheap, fixed)
+    late = _reductions_late(order, live, limit, values, cheap, fixed, precedences(graph, values))
     # What the late nodes make on their way is not foreseen.
     if max(live_bytes(late, values, inside), default=0) <= limit:
         order = late
@@ -52,13 +56,20 @@ def overlap(trace: Trace, options: Options) -> Trace:
 
 
 def _gathers_early(
-    order: list[fx.Node], live: list[int], limit: int, values: Values, cheap: set[fx.Node]
+    order: list[fx.Node],
+    live: list[int],
+    limit: int,
+    values: Values,
+    cheap: set[fx.Node],
+    fixed: set[fx.Node],
 ) -> tuple[list[fx.Node], list[int]]:
     """Issue each gather of stored pieces behind the wait for the one before it."""
     position = {node: i for i, node in enumerate(order)}
     moved: dict[int, list[fx.Node]] = {}  # in front of which position what is issued
     anchor = next((i for i, node in enumerate(order) if node.op != "placeholder"), 0)
     for node in order:
+        if node in fixed and (node.target not in ISSUES or node not in cheap):
+            anchor = max(anchor, position[node] + 1)
         if node.target not in ISSUES or node not in cheap:
             continue
         group = _issued_with(node, cheap, position, anchor)
@@ -114,6 +125,7 @@ def _reductions_late(
     limit: int,
     values: Values,
     cheap: set[fx.Node],
+    fixed: set[fx.Node],
     before: dict[fx.Node, list[fx.Node]],
 ) -> list[fx.Node]:
     """Put what follows from a reduction behind later ones, or where its bytes would no longer fit."""
@@ -132,7 +144,7 @@ def _reductions_late(
         needs = (*node.all_input_nodes, *before.get(node, ()))
         follows = [r for r in under_way if r.is_awaited_by(node) or any(belongs.get(source) is r for source in needs)]
         issues = node.target in ISSUES and node not in cheap
-        if follows and (issues or node.op == "output"):
+        if follows and (issues or node in fixed or node.op == "output"):
             while follows[-1] in under_way:
                 end_first()
             follows = []

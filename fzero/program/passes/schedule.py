@@ -10,7 +10,8 @@ scheduler goes through the nodes in the order of the program and lets some come 
               step of such a chain may cost memory, so it is judged as a whole, and taken only while it stays under
               the peak so far; or else it is tried again when there is less alive
 
-Nodes that overwrite memory keep their place between its readers. Such orders are made, one that takes every such chain,
+Nodes that overwrite memory keep their place between its readers, and where the trace has an order of its collectives,
+each comes behind the one before. Such orders are made, one that takes every such chain,
 one that minds the peak, and one that takes reductions and updates alone; the best of them and of the order that came in
 is returned: no schedule is worse.
 """
@@ -26,7 +27,8 @@ from fzero.marks import marks_of
 from fzero.program.aliases import alias_of
 from fzero.program.memory import inside_loops, live_bytes
 from fzero.program.options import Options
-from fzero.program.passes.bucket import reorder
+from fzero.program.order import chained
+from fzero.program.passes.bucket import reorder, sorted_by
 from fzero.program.pieces import from_pieces
 from fzero.program.trace import Trace, copied
 from fzero.program.values import Values, precedences
@@ -44,10 +46,14 @@ def schedule(trace: Trace, options: Options) -> Trace:
     """Return the trace with its nodes in an order of few live bytes."""
     trace = trace.replace(module=copied(trace.module))
     graph = trace.module.graph
-    values = Values.of(trace)
+    values, chain = Values.of(trace), chained(trace)
+    if chain:
+        order = sorted_by(graph, _with_chain(precedences(graph, values), chain))
+        reorder(graph, order or graph.nodes)
+        values, chain = Values.of(trace), chain if order else {}
     as_given = list(graph.nodes)
     inside = inside_loops(trace)
-    plan = _Plan(graph, values, inside)
+    plan = _Plan(graph, values, inside, chain)
     orders = [*(_Scheduler(plan, rule).run() for rule in _RULES), as_given]
     # Of equals the first: where something else sets the peak, a schedule still makes room for `overlap`.
     best = min(orders, key=lambda order: max(live_bytes(order, values, inside), default=0))
@@ -56,16 +62,21 @@ def schedule(trace: Trace, options: Options) -> Trace:
     return trace
 
 
+def _with_chain(before: dict[fx.Node, list[fx.Node]], chain: dict[fx.Node, fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Return who has to come before a node with the order of collectives in it."""
+    return {**before, **{node: [*before.get(node, ()), previous] for node, previous in chain.items()}}
+
+
 class _Plan:
     """What both schedules look at: who needs whom, and which nodes come with their consumer."""
 
-    def __init__(self, graph: fx.Graph, values: Values, inside: dict[fx.Node, int]):
+    def __init__(self, graph: fx.Graph, values: Values, inside: dict[fx.Node, int], chain: dict[fx.Node, fx.Node]):
         self.inside = inside
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.values = values
         self.output = graph.output_node()
-        self.before = precedences(graph, values)
+        self.before = _with_chain(precedences(graph, values), chain)
         self.in_place = set(values.in_place)
         cheap = from_pieces(graph, values.overwritten())
         views = {n for n in self.nodes if alias_of(n) is not None and n not in values.writes}

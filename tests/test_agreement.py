@@ -1,0 +1,280 @@
+"""Ranks agree at every call: they run together, or all of them raise and can go on."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fzero as fz
+from tests import world
+
+DEADLINE = 3.0
+MARGIN = 10.0  # seconds to trace and to raise, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def fresh_group_afterwards():
+    yield
+    world.fresh()
+
+
+def state_of(deadline: float = DEADLINE) -> fz.State:
+    mesh = fz.make_mesh("cpu", deadline=deadline)
+    return fz.init({"w": torch.arange(64.0)}, fz.sgd(0.1), mesh, fz.zero(3), policy="fp32")
+
+
+def loss(params: Any, batch: Tensor) -> Tensor:
+    return (params["w"] * batch).sum()
+
+
+def step_of() -> Any:
+    return fz.train_step(loss, donate=False, sizes="fixed")
+
+
+def outcome(f: Callable[..., Any], *args: Any) -> tuple[str, str, float]:
+    """What a call raised, and after how many seconds."""
+    began = time.monotonic()
+    try:
+        f(*args)
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "nothing", "", time.monotonic() - began
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calls that differ, each way of calling against each
+
+
+def halved(params: Any, batch: Tensor) -> Tensor:
+    return (params["w"] * batch).sum() * 0.5
+
+
+def evaluated(state: fz.State, batch: Tensor) -> Any:
+    return fz.call(loss, state, batch)
+
+
+def eager_step(state: fz.State, batch: Tensor) -> Any:
+    _, grads = fz.value_and_grad(loss)(state, batch)
+    return fz.apply_gradients(state, grads)
+
+
+def left_out(state: fz.State, batch: Tensor) -> Any:
+    return fz.gather(state.params)
+
+
+# What a rank may call, and the name under which errors know it.
+CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], str]] = {
+    "train": (lambda: step_of(), "train_step(loss) (call"),
+    "another": (lambda: fz.train_step(halved, donate=False), "train_step(halved) (call"),
+    "micro-batches": (lambda: fz.train_step(loss, 2, donate=False), "train_step(loss) (call"),
+    "evaluate": (lambda: fz.jit(evaluated), "evaluated (call"),
+    "eager step": (lambda: eager_step, "fz.value_and_grad"),
+    "eager evaluation": (lambda: evaluated, "fz.call"),
+    "gather": (lambda: left_out, "fz.gather"),
+    "average": (lambda: lambda state, batch: fz.average(batch, state.mesh), "fz.average"),
+    "axis": (lambda: lambda state, batch: state.mesh["data"].sum(batch), "fz.Axis.sum"),
+}
+PAIRS = [
+    ("train", "another"),
+    ("train", "micro-batches"),
+    ("evaluate", "train"),
+    ("eager step", "train"),
+    ("gather", "train"),
+    ("gather", "eager evaluation"),
+    ("eager step", "eager evaluation"),
+    ("average", "gather"),
+    ("axis", "train"),
+]
+
+
+def differ(pairs: list[tuple[str, str]], odd: int, cached: bool) -> list[tuple[str, str, float, Tensor, float]]:
+    """One rank makes the second call of a pair while the others make the first; then all make the first."""
+    found, calls = [], {name: make() for name, (make, _) in CALLS.items()}
+    state, batch = state_of(deadline=60.0), torch.ones(4, 64)
+    for name in dict.fromkeys(name for pair in pairs for name in pair) if cached else ():
+        calls[name](state, batch)
+    for first, second in pairs:
+        got = outcome(calls[second if dist.get_rank() == odd else first], state, batch)
+        weights = fz.gather(state.params)["w"]
+        value = float(calls["train"](state, batch)[1]["loss"])
+        found.append((*got, weights, value))
+    return found
+
+
+@pytest.mark.parametrize(("size", "odd", "cached"), [(2, 1, True), (2, 0, False), (4, 2, True)])
+def test_ranks_that_call_different_things_all_say_so_and_go_on(size: int, odd: int, cached: bool) -> None:
+    results = world.run(differ, PAIRS, odd, cached, size=size, deadline=120.0)
+    for pair, rows in zip(PAIRS, zip(*results, strict=True), strict=True):
+        for kind, message, seconds, weights, value in rows:
+            assert kind == "ProgramMismatchError", (pair, message)
+            assert all(CALLS[name][1] in message for name in pair), message
+            assert seconds < 30.0, "nobody has to wait for a deadline"
+            assert torch.equal(weights, torch.arange(64.0)) and value == 4 * sum(range(64)), "the state is as it was"
+
+
+def branches(params: Any, batch: Any) -> Tensor:
+    return (params["a" if batch["first"] else "b"]["w"] * batch["x"]).sum() + params["c"]["w"].sum()
+
+
+def branch_alone(stage: int, odd: int) -> list[Any]:
+    """All take one branch, then the other, then one rank alone takes the first."""
+    mesh = fz.make_mesh("cpu", deadline=30.0)
+    params = {name: {"w": torch.arange(64.0)} for name in "abc"}
+    state = fz.init(params, fz.sgd(0.1), mesh, fz.zero(stage), policy="fp32")
+    step, x = fz.train_step(branches, donate=False), torch.ones(64)
+    for first in (True, False):
+        step(state, {"x": x, "first": first})
+    got = outcome(step, state, {"x": x, "first": dist.get_rank() == odd})
+    after, _ = step(state, {"x": x, "first": True})
+    return [*got, fz.gather(after.params)["a"]["w"]]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("size", "odd"), [(2, 1)])
+def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(stage: int, size: int, odd: int) -> None:
+    for kind, message, _, weights in world.run(branch_alone, stage, odd, size=size):
+        assert kind == "ProgramMismatchError"
+        assert re.search(rf"rank {odd} has `all_gather_\w+ of a\.w over data", message), message
+        assert re.search(r"rank \d has `all_gather_\w+ of b\.w over data", message), message
+        assert "batch.first: rank" in message and "has True" in message and "has False" in message
+        assert torch.equal(weights, torch.arange(64.0) - 0.1)
+
+
+def wrong_then_right(rounds: int) -> list[Any]:
+    """Ranks that raise for different programs go on with equal ones."""
+    state, step, other = state_of(deadline=20.0), step_of(), fz.train_step(halved, donate=False)
+    found: list[Any] = []
+    for number in range(rounds):
+        odd = dist.get_rank() == number % dist.get_world_size()
+        found.append(outcome(other if odd else step, state, torch.ones(4 + number, 64))[0])
+        state, metrics = step(state, torch.ones(8 + number, 64))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_go_on_after_a_mismatch_that_was_caught(size: int) -> None:
+    first, *others = world.run(wrong_then_right, 4, size=size)
+    assert all(other == first for other in others)
+    assert first[0::2] == ["ProgramMismatchError"] * 4
+
+
+def raises_in_the_trace(again: bool) -> list[Any]:
+    """Rank 1 raises while it traces; the others, which wait for it, hear of it."""
+    state = state_of(deadline=20.0)
+    found: list[Any] = []
+
+    def picky(params: Any, batch: Any) -> Tensor:
+        if dist.get_rank() == 1 and batch.shape[0] == 3:
+            raise ValueError("three rows are too many")
+        return loss(params, batch)
+
+    for _ in range(2 if again else 1):  # another function of the same name, called for the first time
+        step = fz.train_step(picky, donate=False)
+        found.append(outcome(step, state, torch.ones(3, 64)))
+        found.append(float(step(state, torch.ones(2, 64))[1]["loss"]))
+    return found
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rank_that_raises_in_its_trace_is_heard_by_those_that_wait_for_it(again: bool) -> None:
+    results = world.run(raises_in_the_trace, again, size=4)
+    for rank, (first, value, *rest) in enumerate(results):
+        for kind, message, seconds in [first, *rest[::2]]:
+            assert kind == ("ValueError" if rank == 1 else "PeerError")
+            assert "three rows are too many" in message
+            assert seconds < 10
+        assert value == 2 * sum(range(64)), "and the next call runs"
+
+
+def all_raise_then_go_on() -> list[Any]:
+    state, found = state_of(deadline=20.0), []
+    for fails in (True, False, True, False):
+
+        def loss_fn(params: Any, batch: Any, fails: bool = fails) -> Tensor:
+            if fails:
+                raise KeyError(f"missing on rank {dist.get_rank()}")
+            return loss(params, batch)
+
+        step = fz.train_step(loss_fn, donate=False)
+        time.sleep(0.2 * dist.get_rank())
+        found.append(outcome(step, state, torch.ones(64))[0])
+    return found
+
+
+def test_errors_that_all_ranks_raise_leave_nothing_behind() -> None:
+    assert world.run(all_raise_then_go_on, size=2) == [["KeyError", "nothing"] * 2] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calls that not all make
+
+
+def does_nothing(eager: bool) -> list[Any]:
+    """Rank 0 calls; the last rank does nothing until the others have given up, and learns of it at its next call."""
+    state, call = state_of(deadline=1.0), fz.gather if eager else step_of()
+    args = (state.params,) if eager else (state, torch.ones(64))
+    idle = dist.get_rank() == dist.get_world_size() - 1
+    if idle:
+        time.sleep(4.0)
+    found = [outcome(call, *args)]
+    return [*found, outcome(call, *args)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_does_nothing_is_missed_at_the_deadline_and_learns_of_it(size: int, eager: bool) -> None:
+    results = world.run(does_nothing, eager, size=size)
+    for rank, ((kind, message, seconds), (again, *_)) in enumerate(results):
+        assert kind == "ProgramMismatchError"
+        assert f"rank {size - 1} made no such call within 1 s" in message
+        assert seconds < (2.0 if rank == size - 1 else 1.0 + MARGIN)
+        assert again == "nothing", "the next call is made by all"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What ranks need not agree on
+
+
+def alone() -> int:
+    """Each rank traces programs of its own, as many as its rank; then all trace one together."""
+    local = fz.jit(lambda x: x * 2)
+    for size in range(1, 2 + dist.get_rank()):
+        assert torch.equal(local(torch.ones(size)), torch.full((size,), 2.0))
+    state = state_of()
+    step_of()(state, torch.ones(64))
+    return len(local.programs)
+
+
+def test_a_program_without_collectives_is_its_ranks_own_affair() -> None:
+    assert world.run(alone, size=2) == [1, 2]
+
+
+def fails_alone() -> list[str]:
+    state = state_of()
+    if dist.get_rank() == 1:
+        with pytest.raises(KeyError):
+            fz.jit(lambda x: {}[x])(torch.ones(2))
+    return [outcome(step_of(), state, torch.ones(64))[0] for _ in range(2)]
+
+
+def test_an_error_in_such_a_program_disturbs_nobody() -> None:
+    assert world.run(fails_alone, size=2) == [["nothing", "nothing"]] * 2
+
+
+def traced_on_one_rank() -> str:
+    state = state_of()
+    if dist.get_rank() == 0:
+        assert fz.trace(step_of())(state, torch.ones(64)).digest
+    return outcome(step_of(), state, torch.ones(64))[0]
+
+
+def test_a_trace_runs_nothing_and_nobody_waits_for_it() -> None:
+    assert world.run(traced_on_one_rank, size=2) == ["nothing"] * 2
