@@ -136,8 +136,7 @@ def branch_alone(stage: int, odd: int) -> list[Any]:
     return [*got, fz.gather(after.params)["a"]["w"]]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize(("size", "odd"), [(2, 1)])
+@pytest.mark.parametrize(("stage", "size", "odd"), [(3, 2, 1)])
 def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(stage: int, size: int, odd: int) -> None:
     for kind, message, _, weights in world.run(branch_alone, stage, odd, size=size):
         assert kind == "ProgramMismatchError"

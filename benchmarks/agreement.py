@@ -1,0 +1,111 @@
+"""What it costs that ranks agree at every call: a step of about 10 ms with agreement, and its program run directly.
+
+The two take turns in the same processes, in an order drawn anew for each pair; the figure is the median over pairs of
+the difference of the slowest rank's times, with its quartiles. The bare exchange is timed too: `compare` in a loop.
+
+    python benchmarks/agreement.py                 # 2 and 4 ranks, written to benchmarks/results/agreement-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fzero as fz
+from fzero.peers import compare
+
+RESULT = Path(__file__).parent / "results" / "agreement-cpu.json"
+
+
+def measured(pairs: int, width: int, depth: int) -> dict[str, Any]:
+    """Time both ways of a step on this world; every rank returns the same."""
+    torch.set_num_threads(1)
+    mesh = fz.make_mesh("cpu")
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    apply, _ = fz.functional(model)
+    state = fz.init(model, fz.sgd(1e-3), mesh, fz.zero(3), policy="fp32")
+    step = fz.train_step(lambda p, x: apply(p, x).square().mean(), donate=False)
+    batch = torch.randn(64, width)
+    step(state, batch)
+    (program,) = step.programs
+
+    def agreed() -> None:
+        program.agree("step", dict, ())
+        direct()
+
+    def direct() -> None:
+        program(fz.tree.leaves(((state, batch), {})))
+
+    def seconds(f: Any) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        f()
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return slowest.item()
+
+    order, differences, plain = random.Random(0), [], []
+    for _ in range(pairs):
+        ways = [agreed, direct] if order.random() < 0.5 else [direct, agreed]
+        found = {f.__name__: seconds(f) for f in ways}
+        differences.append(found["agreed"] - found["direct"])
+        plain.append(found["direct"])
+    exchanges = []
+    for _ in range(pairs):
+        exchanges.append(seconds(lambda: compare("same", "step", dict, list)))
+    quartiles = [round(1e6 * q, 1) for q in statistics.quantiles(differences, n=4)]
+    return {
+        "ranks": dist.get_world_size(),
+        "step_ms": round(1e3 * statistics.median(plain), 3),
+        "agreement_us": {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]},
+        "share_of_step_percent": round(1e-4 * quartiles[1] / statistics.median(plain), 2),
+        "exchange_alone_us": round(1e6 * statistics.median(exchanges), 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=400, help="pairs of steps, one with agreement and one without")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=8)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        found = measured(arguments.pairs, arguments.width, arguments.depth)
+        if dist.get_rank() == 0:
+            print("RESULT " + json.dumps(found), flush=True)
+        return
+    rows = []
+    for ranks in (2, 4):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        run = subprocess.run(
+            [*launch, *sys.argv], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        found = [line.removeprefix("RESULT ") for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            raise SystemExit(run.stderr)
+        rows.append(json.loads(found[0]))
+        print(rows[-1])
+    machine = {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "load": os.getloadavg()[0],
+    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    RESULT.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
