@@ -33,6 +33,7 @@ RESULT = Path(__file__).parent / "results" / "agreement-cpu.json"
 def measured(pairs: int, width: int, depth: int) -> dict[str, Any]:
     """Time both ways of a step on this world; every rank returns the same."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     mesh = fz.make_mesh("cpu")
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
     apply, _ = fz.functional(model)
