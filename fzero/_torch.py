@@ -329,6 +329,14 @@ def traced_node(x: torch.Tensor) -> torch.fx.Node | None:
     return proxy.node if isinstance(proxy, torch.fx.Proxy) else None
 
 
+def source_name(x: torch.Tensor) -> str | None:
+    """Return the name of the node that `x`, below all transforms, stands for in the graph that is being traced."""
+    while is_functorch_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    node = traced_node(x)
+    return None if node is None else node.name
+
+
 def dispatch_modes() -> list[Any]:
     """Return the active dispatch modes, outermost first."""
     return _get_current_dispatch_mode_stack()
@@ -425,6 +433,7 @@ __all__ = [
     "release_groups",
     "set_group_deadline",
     "sizes_env",
+    "source_name",
     "standalone_compile",
     "standalone_compile_static",
     "storage_id",

@@ -3,7 +3,7 @@
 While a function is traced, every node of the graph keeps the marks that stood around the operation that made it:
 
     leaf     path of the parameter that is gathered or reduced here
-    tree     what tells its tree from others: another model may have the same paths
+    tree     what tells its tree from others, see `tree_of`: another model may have the same paths and shapes
     role     "gather": pieces into a leaf the function sees; "reduce": a gradient into its piece
     again    with "gather": whether it may be repeated for the backward, as ZeRO-3 does
     axis     mesh axis of a collective
@@ -19,16 +19,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
-from fzero._torch import get_proxy_mode
+from fzero._torch import get_proxy_mode, source_name, storage_id, unwrapped
 
 _OWN = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__path__[0] + "/"
@@ -52,6 +52,18 @@ _NOTHING = contextlib.nullcontext()
 def mark(**marks: Any) -> contextlib.AbstractContextManager[None]:
     """Return a context: operations traced inside it carry these marks, over those around it."""
     return _NOTHING if get_proxy_mode() is None else _marked(marks)
+
+
+def tree_of(pieces: Sequence[Tensor | None]) -> Any:
+    """Return what tells the tree that pieces are of from every other tree in a trace, one with equal paths and shapes.
+
+    These are the nodes that the first and the last piece come from, the same on every rank and in every launch; where
+    a function closes over pieces, their memory.
+    """
+    there = [piece for piece in pieces if piece is not None]
+    if get_proxy_mode() is None or not there:
+        return None
+    return len(there), *(source_name(piece) or storage_id(unwrapped(piece)) for piece in (there[0], there[-1]))
 
 
 def marks_of(node: fx.Node) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import LayoutError, PolicyError
 from fzero.keyed import drawing_from
 from fzero.layout import Sharded, check_not_simulated
-from fzero.marks import mark
+from fzero.marks import mark, tree_of
 from fzero.pieces import join, reduce_leaf, scaled
 from fzero.products import warn_if_slow
 from fzero.wide_sums import Summing, is_low, summing
@@ -146,7 +146,7 @@ class Opened:
                     warn_if_slow(policy.compute if policy.autocast is None else policy.autocast, mesh.device)
             for dtype in dict.fromkeys(policy.autocast for policy in policies):
                 if dtype is not None:
-                    device = primals[0].params.mesh.device.type
+                    device = next(piece.device.type for piece in primals[0].params.pieces if piece is not None)
                     stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             key = next((p.key for p in primals if p.key is not None), None)
             if key is not None:
@@ -206,7 +206,7 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
     placement = params.placement.cut_over(params.layout.gradient_cut)
     pieces: list[Tensor | None] = []
     taken: set[int] = set()
-    of = hash(params.placement)
+    of = tree_of(params.pieces)
     for path, leaf, spec in zip(params.paths, leaves, placement.specs, strict=True):
         if leaf is None:
             pieces.append(None)
@@ -234,7 +234,7 @@ def _reduced(primal: Primal, leaves: Sequence[Tensor | None], scale: Tensor | No
 def gathered(primal: Primal) -> list[Tensor]:
     """Return the full leaves of a primal, in its policy's compute dtype. Differentiable in the pieces."""
     params, full = primal.params, []
-    again, of = params.layout.stage == 3, hash(params.placement)
+    again, of = params.layout.stage == 3, tree_of(params.pieces)
     check_not_simulated(params, "fz")
     for path, piece, spec in zip(params.paths, params.pieces, params.placement.specs, strict=True):
         if piece is None:

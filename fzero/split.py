@@ -25,6 +25,7 @@ from fzero.autodiff import abstract, check_cotangent, refuse_dynamo, vjp
 from fzero.errors import MeshError, ResidualsError, TraceError
 from fzero.peers import together
 from fzero.primal import Opened, Primal, Reduce, is_float
+from fzero.program.absent import traced_for
 from fzero.program.fingerprint import fingerprint
 from fzero.program.inline import inline
 from fzero.program.kinds import kinds_in
@@ -125,7 +126,9 @@ class _Split:
             cotangents = [cotangent_like(x, i) for i, x in enumerate(floats)]
             return output, aux, pullback(hollow.fill(cotangents, [None] * len(others)))
 
-        trace = trace_flat(joint, examples_of(tensors, signature.simulated_on), signature.hollow, paths=signature.paths)
+        examples = examples_of(tensors, signature.simulated_on)
+        with traced_for(signature.simulated_on):
+            trace = trace_flat(joint, examples, signature.hollow, paths=signature.paths)
         _check_closed(trace, self.name)
         trace = trace.replace(kinds=kinds_in(signature.hollow.fill(tensors)))
         halves = partition(trace, _by_reference(signature))

@@ -207,6 +207,31 @@ def test_a_gather_of_what_is_overwritten_stays_alone() -> None:
     assert not list(misplaced(trace))
 
 
+def of_two(first: fz.Sharded, second: fz.Sharded, x: Any) -> Any:
+    def loss(p: Any, q: Any) -> Any:
+        one, other = p["layers"]["0"], q["layers"]["0"]
+        return (one["a"] * other["a"] * x + (one["b"] * other["b"]).exp()).sum()
+
+    _, pull = fz.vjp(loss, first, second)
+    return pull(torch.ones(()))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_trees_with_equal_paths_and_shapes_share_no_call(copied: bool) -> None:
+    layers = {"layers": {"0": {"a": torch.zeros(64), "b": torch.ones(64)}}}
+    first, second = (fz.shard(layers, simulated(2), fz.zero(3)) for _ in range(2))
+    assert first.placement == second.placement
+    args: tuple[Any, ...] = (first, second, torch.zeros(64))
+    f: Any = of_two
+    if copied:  # made in the program
+        f, args = (lambda first, x: of_two(first, fz.tree.map(torch.clone, first), x)), (first, torch.zeros(64))
+    trace = after("dead", raw(fz.jit(f), *args), Options())
+    found = bucketed(trace)
+    joined = Counter(marks_of(n)["leaf"] for n in nodes(found) if n.target in ISSUES)
+    assert set(joined) == {"layers.0.a, layers.0.b"}, "a block of a tree goes together, and no leaf of another with it"
+    assert sum(joined.values()) * 2 == sum(n.target in ISSUES for n in nodes(trace))
+
+
 def write_between_gathers() -> None:
     mesh = fz.make_mesh("cpu")
     layers = {"layers": {"0": {"a": torch.linspace(0, 1, 64), "b": torch.linspace(1, 2, 64)}}}

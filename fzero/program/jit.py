@@ -20,6 +20,7 @@ from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
 from fzero.errors import MeshError, TraceError
 from fzero.peers import together
 from fzero.program import donation
+from fzero.program.absent import traced_for
 from fzero.program.family import Families, opened
 from fzero.program.kinds import kinds_in
 from fzero.program.lowering import lowered, takes_any_size
@@ -135,7 +136,7 @@ class Jitted:
         return self._finished(trace, cause, runs=runs)
 
     def _trace(self, signature: Signature, examples: Sequence[Tensor]) -> Trace:
-        with collector_paused():
+        with collector_paused(), traced_for(signature.simulated_on):
             trace = trace_flat(self.f, examples, signature.hollow, paths=signature.paths, donated=signature.donated)
             return trace.replace(kinds=kinds_in(signature.hollow.fill(examples)))
 

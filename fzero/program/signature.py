@@ -12,6 +12,7 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import FakeTensor, FakeTensorMode
 from fzero.layout import Sharded
+from fzero.program.absent import stand_in
 from fzero.program.sizes import order_of
 
 
@@ -125,10 +126,11 @@ def simulated_on(arguments: Any) -> torch.device | None:
 
 
 def examples_of(leaves: Sequence[Tensor], device: torch.device | None) -> Sequence[Tensor]:
-    """Return tensors that look like `leaves`, with those on the meta device on `device`. Nothing is allocated."""
+    """Return tensors without memory that look like `leaves`, on what stands for the device of a simulated mesh."""
     if device is None or any(isinstance(x, FakeTensor) for x in leaves):  # those come of a trace around this one
         return leaves
     with FakeTensorMode(allow_non_fake_inputs=True):
+        device = stand_in(device)
         return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in leaves]
 
 
