@@ -348,6 +348,18 @@ def torch_nodes() -> dict[type, Any]:
 
 
 @contextmanager
+def distributions_unchecked() -> Iterator[None]:
+    """Inside, distributions do not look at the values of their arguments unless they are told to."""
+    distribution = torch.distributions.Distribution
+    before = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        distribution.set_default_validate_args(before)
+
+
+@contextmanager
 def trunc_normal_replaced(substitute: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Inside, `torch.nn.init.trunc_normal_` calls `substitute(original, tensor, mean, std, a, b, ...)`."""
     original = torch.nn.init._no_grad_trunc_normal_
@@ -412,6 +424,7 @@ __all__ = [
     "direct",
     "disable_proxy_modes_tracing",
     "dispatch_modes",
+    "distributions_unchecked",
     "flop_formulas",
     "function_modes_off",
     "functorch_level",

@@ -28,6 +28,7 @@ from fzero._torch import (
 from fzero.autodiff import ValueAndGrad
 from fzero.batch import Batch, HasMicrobatches, check_whole, parameters_of
 from fzero.errors import BatchError, TraceError
+from fzero.keyed import current_draw, drawing_from
 from fzero.marks import marks_of
 from fzero.peers import together
 from fzero.program.loop import Kind, part_of, run_loop
@@ -146,8 +147,25 @@ def _loop(
     batch: Sequence[Tensor],
 ) -> list[Tensor]:
     """Run the body for each micro-batch: now, or as a node of the graph that is being traced."""
+    around = current_draw()
+    if around is not None:
+        keys, scope = around.of_microbatches()
+        body, whole = _drawing(body, scope, len(keys)), [*keys, *whole]
     traced = get_proxy_mode() is not None and not any(is_functorch_wrapped(x) for x in (*whole, *batch))
     return (_record if traced else _run)(body, kinds, index, whole, batch)
+
+
+def _drawing(
+    body: Callable[[list[Tensor]], list[Tensor]], scope: Callable[..., drawing_from], count: int
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Return a body that draws from keys of its micro-batch, made of the first `count` of its inputs."""
+
+    def drawing(inputs: list[Tensor]) -> list[Tensor]:
+        index, keys, rest = inputs[0], inputs[1 : 1 + count], inputs[1 + count :]
+        with scope(index, keys):
+            return body([index, *rest])
+
+    return drawing
 
 
 def _run(

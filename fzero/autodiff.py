@@ -25,6 +25,7 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import is_connected, is_functorch_wrapped, storage_id, under_dynamo
 from fzero.errors import CotangentError, GradientError
+from fzero.inner import constants_refused
 from fzero.layout import held
 from fzero.marks import mark, mark_line
 from fzero.peers import collective
@@ -80,6 +81,7 @@ def vjp(
         DonatedError: from the pullback, once the memory of a primal was donated.
         GradientError: a primal is a `State` or a `Sharded`, and nothing that `f` returns depends on any primal.
         ParameterWriteError: `f` writes to a leaf of a `State` or a `Sharded`.
+        ModuleError: `f` takes a gradient by `torch.autograd` that would count as a constant.
         TypeError: `f` returns no floating-point tensor.
 
     Example:
@@ -117,7 +119,7 @@ def _vjp(
         filled = list(leaves)
         for i, leaf in zip(where, chosen, strict=True):
             filled[i] = leaf
-        with opened.context(leaves, differentiated=bool(where)) as mode:
+        with opened.context(leaves, differentiated=bool(where)) as mode, constants_refused():
             result = f(*opened.close(filled))
         structure["sums"] = mode is not None and mode.low
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):

@@ -7,28 +7,33 @@ above tracing, so an eager call, its trace and a recomputation draw the same num
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fzero._torch import dispatch_modes, unwrapped
+from fzero._torch import OpOverload, dispatch_modes, trunc_normal_replaced, unwrapped
+from fzero.draws import DRAWS, REFUSED, drawn, named, truncated_normal_
 from fzero.errors import RandomOpError
-from fzero.random import bits, fold, normal, signed, uniform
+from fzero.operators import draws, written
+from fzero.random import fold, signed
 from fzero.tree import describe
 from fzero.wide_sums import Summing
-
-aten = torch.ops.aten
 
 
 def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
     """Return `g(key, *args)`, equal to `f(*args)` with its random operations drawn from `key`.
 
+    The key that was given last is the one to draw from: a `keyed` inside another draws from its own. A `State` that is
+    opened inside, by `fz.call` or a gradient, has a key by itself, of its seed, step and rank; it is folded with that
+    of the `keyed` around, so that two calls with two keys draw differently.
+
     Args:
-        f: any function. Each random operation that it runs counts one further; a function that runs the
-            same operations in the same order draws the same numbers.
+        f: any function. Each random operation that it runs counts one further, and so does each state that it
+            opens; a function that runs the same operations in the same order draws the same numbers.
 
     Returns:
         `g(key, *args, **kwargs)`. `key` is an integer, or an integer tensor of shape (), taken modulo 2^32.
@@ -53,6 +58,18 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
     return g
 
 
+@dataclass(frozen=True)
+class _Above:
+    """The scope around that of a state: what its key is folded with, once something is drawn."""
+
+    scope: drawing_from
+    key: Tensor
+    ordinal: int
+
+    def fold_into(self, key: Tensor) -> Tensor:
+        return fold(key, fold(self.key, self.ordinal))
+
+
 class drawing_from(Summing):  # noqa: N801 - used as a context manager, `with drawing_from(key):`
     """While active, answers random operations with draws from `key`, counting from `count`.
 
@@ -60,37 +77,96 @@ class drawing_from(Summing):  # noqa: N801 - used as a context manager, `with dr
 
     A key that `vmap` batches is one for each member of the batch. `vmap` then wants `randomness="different"`, and hands
     over the draws of all members as one operation, whose first dimension they are: each is drawn from its own key.
+
+    Attributes:
+        count: of the next draw, and of the next state that is opened inside.
+        used: how many draws depended on the key.
     """
 
-    def __init__(self, key: Tensor, count: int = 0):
+    def __init__(self, key: Tensor, count: int = 0, *, above: _Above | None = None, is_default: bool = False):
         super().__init__()
         self.key = unwrapped(key.to(torch.int32))  # the mode runs below torch.func, where wrappers have no storage
         self.count = count
+        self.used = 0
+        self.is_default = is_default  # a state's own key, that nobody gave
+        self._above = above
+        self._pending = is_default and above is not None
+        self._replaced = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._replaced.enter_context(trunc_normal_replaced(truncated_normal_))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._replaced.close()
+
+    def copy(self) -> drawing_from:
+        """Return a scope that draws what this one would draw from here on."""
+        copy = drawing_from(self.key, self.count, above=self._above, is_default=self.is_default)
+        copy._pending, copy.low = self._pending, self.low
+        return copy
+
+    def above_state(self) -> _Above | None:
+        """Return what the key of a state that is opened here is folded with: each has another, in a scope of a key."""
+        if self.is_default:
+            return self._above
+        self.count += 1
+        return _Above(self, self.key, self.count - 1)
+
+    def of_microbatches(self) -> tuple[list[Tensor], Callable[[Tensor, Sequence[Tensor]], drawing_from]]:
+        """Return tensors, and a function of an index and these that gives the scope of a micro-batch.
+
+        The draws of each are its own, whether the micro-batches run one after another or as one traced body.
+        """
+        tensors = [fold(self.key, self.count)]
+        self.count += 1
+        if self.is_default and self._above is not None:
+            tensors.append(fold(self._above.key, self._above.ordinal))
+
+        def scope(index: Tensor, given: Sequence[Tensor]) -> drawing_from:
+            keys = [fold(key, index) for key in given]
+            above = _Above(self, keys[1], 0) if len(keys) > 1 else _Above(self, keys[0], 0)
+            made = drawing_from(keys[0], above=above, is_default=self.is_default)
+            made._pending, made.low = len(keys) > 1, self.low
+            return made
+
+        return tensors, scope
+
+    def _mark(self) -> None:
+        self.used += 1
+        if self._above is not None:
+            self._above.scope._mark()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draw = _DRAWS.get(func)
-        if draw is not None:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and draws(func, args, kwargs):
+            check_can_be_keyed("fz.keyed", func, args, kwargs)
+            if self._pending and self._above is not None:
+                self.key, self._pending = self._above.fold_into(self.key), False
+            self._mark()
             words = torch.arange(2, dtype=torch.int32, device=self.key.device)
             keys = fold(fold(self.key, self.count)[..., None], words)
             self.count += 1
-            return _drawn(func, draw, keys, args, kwargs or {})
-        if draws(func, args, kwargs or {}):
-            raise RandomOpError(
-                f"fz.keyed: {func} cannot be drawn from a key. Keyed are dropout, bernoulli, uniform, normal, "
-                f"rand, randn, randint, exponential and randperm. Draw the rest outside and pass it in as an argument."
-            )
+            return _drawn(func, keys, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _drawn(func: Any, draw: Callable[..., Any], keys: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def drawing_of_state(key: Tensor) -> drawing_from:
+    """Return the scope of a state's own key, folded with that of the `keyed` around it, if there is one."""
+    around = current_draw()
+    return drawing_from(key, above=None if around is None else around.above_state(), is_default=True)
+
+
+def _drawn(func: OpOverload, keys: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Draw from the key words (2,), or member by member from those of each (n, ..., 2)."""
     if keys.ndim == 1:
-        return draw(keys, *args, **kwargs)
+        return drawn(func, keys, args, kwargs)
     members = [
-        _drawn(func, draw, of_member, [_member(x, i, len(keys), func) for x in args], kwargs)
+        _drawn(func, of_member, [_member(x, i, len(keys), func) for x in args], kwargs)
         for i, of_member in enumerate(keys.unbind())
     ]
-    if func._schema.is_mutable:  # they were written into views
+    if written(func, args, kwargs):  # into views, member by member
         return args[0]
     return (
         tuple(map(torch.stack, zip(*members, strict=True))) if isinstance(members[0], tuple) else torch.stack(members)
@@ -110,97 +186,18 @@ def _member(argument: Any, index: int, count: int, func: Any) -> Any:
     return argument[index] if isinstance(argument, Tensor) else argument[1:]
 
 
-def current_draw() -> tuple[Tensor, int] | None:
-    """Return the key and the count that the next random operation would draw from, `None` outside `keyed`."""
-    for mode in reversed(dispatch_modes()):
-        if isinstance(mode, drawing_from):
-            return mode.key, mode.count
-    return None
+def check_can_be_keyed(call: str, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise for a random operation that no key can answer, naming the way out."""
+    if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
+        raise RandomOpError(
+            f"{call}: {func} is given a torch.Generator, whose state would change behind the function's back. Leave "
+            f"generator= out and give the function a key instead: fz.keyed(f)(key, ...)."
+        )
+    if named(func) not in DRAWS:
+        way = REFUSED.get(named(func), "Draw it outside and pass it in as an argument")
+        raise RandomOpError(f"{call}: {func} cannot be drawn from a key. {way}.")
 
 
-def draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether this call of an operator draws random numbers.
-
-    Attention kernels are marked random whatever their dropout is; at a dropout of zero they draw nothing.
-    """
-    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
-        return False
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name in ("dropout_p", "p", "dropout") and "attention" in func._schema.name:
-            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-            return bool(given)
-    return True
-
-
-def _fresh(size: Any, dtype: torch.dtype | None, device: Any, keys: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-    return draw(keys, 0, math.prod(size)).to(device=device, dtype=dtype or torch.get_default_dtype()).reshape(size)
-
-
-def _like(x: Tensor, keys: Tensor, draw: Callable[..., Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    return draw(keys, 0, x.numel()).to(x.device).reshape(x.shape).to(dtype or x.dtype)
-
-
-def _coin(keys: Tensor, x: Tensor, p: float | Tensor) -> Tensor:
-    return (uniform(keys, 0, x.numel()).to(x.device).reshape(x.shape) < p).to(x.dtype)
-
-
-def _native_dropout(keys: Tensor, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    if train is False or p == 0.0:
-        return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    kept = uniform(keys, 0, x.numel()).to(x.device).reshape(x.shape) >= p
-    return x * kept * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), kept
-
-
-def _integers(keys: Tensor, offset: int, n: int, low: int, high: int) -> Tensor:
-    return low + (bits(keys, offset, n).to(torch.int64) & 0xFFFFFFFF) % (high - low)
-
-
-def _randint(
-    keys: Tensor, low: int, high: int, size: Any, *, dtype: Any = None, device: Any = None, **_: Any
-) -> Tensor:
-    return _integers(keys, 0, math.prod(size), low, high).to(device=device, dtype=dtype or torch.int64).reshape(size)
-
-
-def _random_(keys: Tensor, x: Tensor, low: int, high: int) -> Tensor:
-    return x.copy_(_integers(keys, 0, x.numel(), low, high).reshape(x.shape))
-
-
-def _exponential_(keys: Tensor, x: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
-    unit = _like(x, keys, uniform, torch.float32).clamp(min=2.0**-25)  # a draw of 0 would be log(0) for a Gumbel
-    return x.copy_(-torch.log1p(-unit) / rate)
-
-
-# Each takes the key words (2,), then the operator's own arguments.
-_DRAWS: dict[Any, Callable[..., Any]] = {
-    aten.bernoulli.default: lambda k, p, **_: _coin(k, p, p),
-    aten.bernoulli.p: lambda k, x, p, **_: _coin(k, x, p),
-    aten.bernoulli_.float: lambda k, x, p=0.5, **_: x.copy_(_coin(k, x, p)),
-    aten.bernoulli_.Tensor: lambda k, x, p, **_: x.copy_(_coin(k, x, p)),
-    aten.native_dropout.default: _native_dropout,
-    aten.rand.default: lambda k, size, dtype=None, device=None, **_: _fresh(size, dtype, device, k, uniform),
-    aten.randn.default: lambda k, size, dtype=None, device=None, **_: _fresh(size, dtype, device, k, normal),
-    aten.rand_like.default: lambda k, x, dtype=None, **_: _like(x, k, uniform, dtype),
-    aten.randn_like.default: lambda k, x, dtype=None, **_: _like(x, k, normal, dtype),
-    aten.uniform_.default: lambda k, x, a=0.0, b=1.0, **_: x.copy_(_like(x, k, uniform, torch.float32) * (b - a) + a),
-    aten.normal_.default: lambda k, x, mean=0.0, std=1.0, **_: x.copy_(_like(x, k, normal, torch.float32) * std + mean),
-    aten.normal.float_Tensor: lambda k, mean, std, **_: mean + std * _like(std, k, normal),
-    aten.normal.Tensor_float: lambda k, mean, std=1.0, **_: mean + std * _like(mean, k, normal),
-    aten.normal.Tensor_Tensor: lambda k, mean, std, **_: mean + std * _like(mean, k, normal),
-    aten.normal.float_float: lambda k, mean, std, size, dtype=None, device=None, **_: (
-        mean + std * _fresh(size, dtype, device, k, normal)
-    ),
-    aten.exponential_.default: _exponential_,
-    aten.randint.default: lambda k, high, size, **kw: _randint(k, 0, high, size, **kw),
-    aten.randint.low: lambda k, low, high, size, **kw: _randint(k, low, high, size, **kw),
-    aten.randint_like.default: lambda k, x, high, dtype=None, **_: _like(
-        x, k, lambda k, o, n: _integers(k, o, n, 0, high), dtype
-    ),
-    aten.randint_like.low_dtype: lambda k, x, low, high, dtype=None, **_: _like(
-        x, k, lambda k, o, n: _integers(k, o, n, low, high), dtype
-    ),
-    aten.random_.to: lambda k, x, high, **_: _random_(k, x, 0, high),
-    getattr(aten.random_, "from"): lambda k, x, low, high, **_: _random_(k, x, low, high),
-    aten.randperm.default: lambda k, n, dtype=torch.int64, device=None, **_: (
-        bits(k, 0, n).argsort(stable=True).to(device=device, dtype=dtype)
-    ),
-}
+def current_draw() -> drawing_from | None:
+    """Return the scope that the next random operation would draw from, `None` outside of `keyed`."""
+    return next((mode for mode in reversed(dispatch_modes()) if isinstance(mode, drawing_from)), None)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fzero._torch import OpOverload, TorchDispatchMode, modes_off, storage_id, traced_node
+from fzero.operators import is_pure, written_by
 
 # What reads values. Operations whose result has a shape that depends on values stay refused.
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
@@ -50,7 +51,7 @@ def _sources(nodes: list[fx.Node]) -> list[fx.Node] | None:
         node = pending.pop()
         if node in found:
             continue
-        if not _is_pure(node):
+        if not _is_known(node):
             return None
         found.add(node)
         pending += node.all_input_nodes
@@ -63,25 +64,13 @@ def _sources(nodes: list[fx.Node]) -> list[fx.Node] | None:
     return order
 
 
-def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return False
-    is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not (node.target._schema.is_mutable or is_random) and isinstance(node.meta.get("val"), Tensor)
+def _is_known(node: fx.Node) -> bool:
+    return node.op == "call_function" and is_pure(node.target) and isinstance(node.meta.get("val"), Tensor)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """Return the arguments that an operation writes to; all of them for what is no plain operator."""
-    if not isinstance(node.target, OpOverload):
-        return list(node.all_input_nodes)
-    if not node.target._schema.is_mutable:
-        return []
-    written: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            map_arg(given, written.append)
-    return written
+    return written_by(node) if isinstance(node.target, OpOverload) else list(node.all_input_nodes)
 
 
 def _memory(node: fx.Node) -> Any:

@@ -45,7 +45,8 @@ _WAYS_OUT = {
     "TORCHDYNAMO_VERBOSE": _COMPILED,
     "dynamo-optimized function": _COMPILED,
     "call Tensor.requires_grad_()": (
-        "What is differentiated is what the transform was given. Transformers calls this for its activation "
+        "What is differentiated is what the transform was given: take a gradient inside by torch.func.grad, of any "
+        "tensor. Transformers calls this for its activation "
         "checkpointing: model.activation_checkpointing_disable(), and recompute by fz.remat(f), or by "
         'fz.jit(..., remat="block").'
     ),

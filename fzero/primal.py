@@ -17,7 +17,7 @@ from torch import Tensor
 from fzero import tree
 from fzero._torch import is_functorch_wrapped, storage_id
 from fzero.errors import LayoutError, PolicyError
-from fzero.keyed import drawing_from
+from fzero.keyed import drawing_of_state
 from fzero.layout import Sharded, check_not_simulated
 from fzero.marks import mark, tree_of
 from fzero.pieces import join, reduce_leaf, scaled
@@ -150,7 +150,7 @@ class Opened:
                     stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             key = next((p.key for p in primals if p.key is not None), None)
             if key is not None:
-                stack.enter_context(drawing_from(key))
+                stack.enter_context(drawing_of_state(key))
             elif summing() is None and any(isinstance(x, Tensor) and x.device.type == "cpu" for x in leaves):
                 stack.enter_context(Summing())
             mode = summing()

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from fzero._torch import OpOverload, TorchDispatchMode, trunc_normal_replaced
 from fzero.errors import FzeroError, TraceError
+from fzero.operators import draws
+from fzero.operators import written as written_in
 from fzero.replay import Constant, Op, View, drawing, map_leaves, replay, tensors_of
 
 # Functions that create small tensors, which factories like to read back: they run for real.
@@ -70,11 +72,11 @@ class Recorder(TorchDispatchMode):
             return self._dispatch(func, args, dict(kwargs or {}))
 
     def _dispatch(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors, written = tensors_of((args, kwargs)), _written(func, args, kwargs)
+        tensors, written = tensors_of((args, kwargs)), written_in(func, args, kwargs)
         recorded = [t for t in tensors if self.holds(t)]
         creates = not tensors and _creates(func, kwargs)
-        draws = _is_random(func) and not written and bool(tensors)  # `rand_like` of a real tensor
-        if not (recorded or creates or draws):
+        is_draw = draws(func, args, kwargs) and not written and bool(tensors)  # `rand_like` of a real tensor
+        if not (recorded or creates or is_draw):
             return self._run_real(func, args, kwargs, written)
         if not all(self.holds(t) for t in written):
             if any(self.holds(t) for t in written):
@@ -115,7 +117,7 @@ class Recorder(TorchDispatchMode):
             if t is not None:
                 self.devices[t.untyped_storage()] = device
         if written or (any(t is not None for t in fresh) and "empty" not in _name(func)):
-            self.record(func, _name(func), args, kwargs, written, fresh, random=_is_random(func))
+            self.record(func, _name(func), args, kwargs, written, fresh, random=draws(func, args, kwargs))
         return results
 
     def record(
@@ -142,7 +144,7 @@ class Recorder(TorchDispatchMode):
         for t in written:
             for constant in self.constants.pop(t.untyped_storage(), ()):
                 constant.tensor = constant.tensor.clone()
-        if not (written and _is_random(func)):
+        if not (written and draws(func, args, kwargs)):
             return func(*args, **kwargs)
         self.looks += 1
         with drawing(written[0].device, draw_seed(self.seed, f"look {self.looks}", 0)):
@@ -274,20 +276,10 @@ def _name(func: OpOverload) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def _written(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    schema = func._schema.arguments
-    values = {**dict(zip((argument.name for argument in schema), args, strict=False)), **kwargs}
-    return tensors_of([values.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write])
-
-
 def _creates(func: OpOverload, kwargs: dict[str, Any]) -> bool:
     """True if `func`, called without tensors, makes one that is worth recording."""
     has_device = any(argument.name == "device" for argument in func._schema.arguments)
     return has_device and (_name(func) not in _RANGES or str(kwargs.get("device")) == "meta")
-
-
-def _is_random(func: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def on_meta(what: str) -> TraceError:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fzero import tree
 from fzero._torch import functorch_level, is_functorch_wrapped, unwrap_if_dead
 from fzero.errors import TraceError
-from fzero.keyed import current_draw, drawing_from
+from fzero.keyed import current_draw
 from fzero.primal import is_float
 
 
@@ -180,6 +180,7 @@ class _NoCaptures(TorchFunctionMode):
 def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Return a context like the one of now: the random draws that come next, and autocast."""
     draw = current_draw()
+    draw = None if draw is None else draw.copy()
     autocast = [
         (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
     ]
@@ -195,7 +196,7 @@ def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
                     if enabled != torch.is_autocast_enabled(device) or dtype != torch.get_autocast_dtype(device):
                         stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
                 if draw is not None:
-                    stack.enter_context(drawing_from(*draw))
+                    stack.enter_context(draw.copy())
             yield
 
     return again

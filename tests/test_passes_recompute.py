@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fzero as fz
 from fzero.marks import marks_of
-from fzero.program.aliases import written_by
+from fzero.operators import written_by
 from fzero.program.lower import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead

@@ -90,6 +90,6 @@ def test_the_function_runs_under_the_key_of_the_first_state_and_a_sharded_has_no
     first, second = new_state(seed=1), new_state(seed=2)
     for arguments in ([first, second], [first], [second], [sharded()]):
         fz.call(f, *arguments)
-    keys = [None if draw is None else int(draw[0]) for draw in draws]
+    keys = [None if draw is None else int(draw.key) for draw in draws]
     assert keys[0] == keys[1] != keys[2]
     assert keys[3] is None and current_draw() is None

@@ -35,6 +35,19 @@ def in_a_split(x: Tensor) -> Tensor:
     return x + 1
 
 
+MEAN, VAR = torch.zeros(6), torch.ones(6)
+NORM = torch.native_batch_norm
+
+
+def normed(x: Tensor, mean: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x.expand(3, 6), mean, VAR, training=True)  # the line
+
+
+def as_a_view(x: Tensor) -> Tensor:
+    torch.ops.aten._unsafe_view(BUFFER, [2, 3]).zero_()  # the line
+    return x + 1
+
+
 def over_several_views(x: Tensor) -> Tensor:
     view = BUFFER.view(2, 3).t()[1:]
     torch.add(view, 1.0, out=view)  # the line
@@ -47,6 +60,12 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "an index": lambda x: BUFFER.index_put_((torch.tensor([1]),), x[:1]),  # the line
     "a draw with a key": lambda x: fz.keyed(lambda y: BUFFER.normal_() + y)(7, x),  # the line
     "a module's buffer": lambda x: LAYER(x.expand(3, 6)),  # the line
+    "a batch norm": lambda x: nn.functional.batch_norm(x.expand(3, 6), MEAN, VAR, training=True),  # the line
+    "a batch norm of a view": lambda x: normed(x, MEAN.view(2, 3).view(6)),  # the line
+    "an instance norm": lambda x: nn.functional.instance_norm(x.expand(2, 6, 6), MEAN, VAR),  # the line
+    "batch norm's own operator": lambda x: NORM(x.expand(3, 6), None, None, MEAN, VAR, True, 0.1, 1e-5),  # the line
+    "statistics alone": lambda x: torch.batch_norm_update_stats(x.expand(3, 6), MEAN, VAR, 0.1),  # the line
+    "a view that does not say so": as_a_view,
     "many tensors": lambda x: torch._foreach_add_([x.clone(), BUFFER], 1.0),  # the line
     "a slice": sliced,
     "the data of a buffer": by_data,
@@ -57,7 +76,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("f", WRITES.values(), ids=WRITES.keys())
 def test_a_write_to_what_is_closed_over_is_refused_at_its_line(f: Callable[[Tensor], Any]) -> None:
-    tensors = (BUFFER, LAYER.running_mean, LAYER.running_var)
+    tensors = (BUFFER, MEAN, VAR, LAYER.running_mean, LAYER.running_var)
     before = copied(tensors)
     with pytest.raises(fz.TraceError, match=r"that the function closes over, at\n.*\n.*# the line") as info:
         fz.jit(f)(A)
@@ -73,6 +92,7 @@ MAY: dict[str, Callable[[Tensor], Any]] = {
     "to write to a copy of a view": lambda x: BUFFER[:3].clone().zero_() + x[:3],
     "to write to an own tensor": lambda x: torch.zeros(6).add_(x),
     "to write to a constant made inside": lambda x: torch.tensor([1.0, 2.0]).add_(x[0]),
+    "to use a batch norm in evaluation": lambda x: nn.functional.batch_norm(x.expand(3, 6), MEAN, VAR),
     "to use a module that only reads": lambda x: nn.functional.linear(x.view(1, 6), torch.eye(6)),
 }
 

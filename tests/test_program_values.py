@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 import fzero as fz
 from fzero.collectives import all_gather, all_to_all, reduce_scatter
-from fzero.program.aliases import alias_of, written_by
+from fzero.operators import written_by
+from fzero.program.aliases import alias_of
 from fzero.program.loop import run_loop
 from fzero.program.lower import lower_graph
 from fzero.program.memory import live_bytes, peak_bytes

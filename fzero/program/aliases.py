@@ -1,4 +1,4 @@
-"""Which node's value is a view of which: noted while a trace is fresh, true whatever passes do to it; who writes what.
+"""Which node's value is a view of which: noted while a trace is fresh, true whatever passes do to it.
 
 Vals tell it only then: a node that a pass copies shares its val, and so its memory, with the original.
 """
@@ -7,34 +7,10 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 
-from fzero._torch import OpOverload, storage_id
+from fzero._torch import storage_id
 from fzero.program.wire import WAIT
-
-_ATEN = torch.ops.aten
-# Batch norms overwrite the running mean and variance that they are given, and their schemas do not say so.
-_BATCH_NORMS = (_ATEN.native_batch_norm.default, _ATEN.cudnn_batch_norm.default, _ATEN.miopen_batch_norm.default)
-_RUNNING, _IS_TRAINING = (3, 4), 5
-
-
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments whose memory an operator overwrites."""
-    if not isinstance(node.target, OpOverload):
-        return []
-    if node.target in _BATCH_NORMS:
-        given = [node.args[i] for i in _RUNNING if node.args[_IS_TRAINING]]
-        return [source for source in given if isinstance(source, fx.Node)]
-    if not node.target._schema.is_mutable:
-        return []
-    found: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            many = value if isinstance(value, list | tuple) else (value,)
-            found += [source for source in many if isinstance(source, fx.Node)]
-    return found
 
 
 def alias_of(node: fx.Node) -> int | None:

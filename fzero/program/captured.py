@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
-from fzero._torch import OpOverload
 from fzero.errors import TraceError
 from fzero.marks import line_of
+from fzero.operators import viewed, written_by
 from fzero.tree import describe
 
 
@@ -36,7 +35,7 @@ def check_captured(module: fx.GraphModule) -> None:
         if node.op == "get_attr":
             constants[node] = getattr(module, str(node.target))
             continue
-        for source in _arguments(node, written=True):
+        for source in written_by(node):
             if isinstance(constants.get(source), Tensor):
                 raise TraceError(
                     f"fz.jit: {node.target} writes to a tensor of {describe(constants[source])} that the function "
@@ -44,25 +43,16 @@ def check_captured(module: fx.GraphModule) -> None:
                     f"A program has arguments and results, and no state of its own: pass the tensor as an argument and "
                     f"return the new value, or write to a copy (.clone())."
                 )
-        for source in _arguments(node, written=False):
+        for source in _views(node):
             if source in constants:
                 constants[node] = constants[source]
 
 
-def _arguments(node: fx.Node, *, written: bool) -> Iterator[fx.Node]:
-    """Iterate over the arguments whose memory an operator writes to, or whose memory its result may lie in."""
-    if node.target is operator.getitem and not written:
-        yield from node.all_input_nodes
-    if not isinstance(node.target, OpOverload):
-        return
-    for position, argument in enumerate(node.target._schema.arguments):
-        alias = argument.alias_info
-        if alias is None or (written and not alias.is_write):
-            continue
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        for value in given if isinstance(given, list | tuple) else (given,):
-            if isinstance(value, fx.Node):
-                yield value
+def _views(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments whose memory the value of a node may lie in."""
+    if node.target is operator.getitem:
+        return node.all_input_nodes
+    return [x for x in viewed(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
 
 
 def _line(node: fx.Node) -> str:

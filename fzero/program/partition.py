@@ -28,7 +28,8 @@ from torch import Tensor, fx
 
 from fzero import tree
 from fzero.marks import line_of, mark, marks_of
-from fzero.program.aliases import alias_of, written_by
+from fzero.operators import written_by
+from fzero.program.aliases import alias_of
 from fzero.program.pieces import from_pieces
 from fzero.program.trace import Trace, results, with_graph
 from fzero.program.values import Values

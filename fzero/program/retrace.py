@@ -199,7 +199,7 @@ def static_fields(signature: Signature) -> dict[str, Any]:
 
 _PLAIN = (tuple, list, dict, OrderedDict, defaultdict, deque, type(None))
 _NOTHING = object()
-_AMBIENT = ("autocast on a CPU", "autocast on CUDA", "grad mode", "the default dtype")
+_AMBIENT = ("autocast on a CPU", "autocast on CUDA", "grad mode", "the default dtype", "fz.keyed around the call")
 
 
 def _fits(names: Sequence[str], data: Any) -> bool:

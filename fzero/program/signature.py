@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero._torch import FakeTensor, FakeTensorMode
+from fzero.keyed import current_draw
 from fzero.layout import Sharded
 from fzero.program.absent import stand_in
 from fzero.program.sizes import order_of
@@ -52,7 +53,7 @@ class Signature:
 
     @property
     def ambient(self) -> tuple[Any, ...]:
-        """What stood around the call: autocast on a CPU and on CUDA, grad mode, the dtype of new tensors."""
+        """What stood around the call: autocast on a CPU and on CUDA, grad mode, the dtype of new tensors, a key."""
         return self.key[3:]
 
     @property
@@ -82,7 +83,7 @@ class Signature:
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """Inside, operations mean what they meant where the call was made."""
-        cpu, cuda, grad, dtype = self.ambient
+        cpu, cuda, grad, dtype, _ = self.ambient
         before = torch.get_default_dtype()
         with contextlib.ExitStack() as stack:
             for device, (enabled, lower) in (("cpu", cpu), ("cuda", cuda)):
@@ -135,9 +136,9 @@ def examples_of(leaves: Sequence[Tensor], device: torch.device | None) -> Sequen
 
 
 def _ambient() -> tuple[Any, ...]:
-    """Return what else decides what an operation means: autocast, grad mode, and the dtype of new tensors."""
+    """Return what else decides what an operation means: autocast, grad mode, the dtype of new tensors, a key around."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype())
+    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype(), current_draw() is not None)
 
 
 def _constant(value: Any) -> Any:

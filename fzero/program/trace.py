@@ -17,15 +17,27 @@ import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero._torch import FakeTensor, FakeTensorMode, data_dependent_errors, dispatch_modes, make_fx
+from fzero._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    data_dependent_errors,
+    dispatch_modes,
+    distributions_unchecked,
+    make_fx,
+)
 from fzero.errors import RandomOpError, TraceError
-from fzero.keyed import current_draw, draws
+from fzero.keyed import current_draw
+from fzero.known import answering
+from fzero.looks import without_looks
 from fzero.marks import line_of, recorded
 from fzero.module_errors import explaining, line_of_user, module_of
+from fzero.operators import draws
 from fzero.program.aliases import record_aliases
 from fzero.program.captured import check_captured
 from fzero.program.composites import sizes_left_open
 from fzero.program.dtypes import check_dtypes
+from fzero.program.remedies import remedy
 from fzero.program.sizes import Sizes
 
 
@@ -89,10 +101,10 @@ def trace_flat(
         outputs[:] = [hollow]
         return results
 
-    drawn = current_draw()
+    around = current_draw()
+    used = 0 if around is None else around.used
     module = graph_of(flat, examples)
-    after = current_draw()
-    if drawn is not None and after is not None and after[1] != drawn[1]:
+    if around is not None and around.used != used:
         raise RandomOpError(
             "fz.jit: the function draws from the key of the fz.keyed, fz.call or pullback around it, which would "
             "become a constant of the program. Give it the key as an argument, and draw inside: fz.keyed(f)(key, ...)."
@@ -116,15 +128,21 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
     # Fresh tensors: one object passed twice would become one input.
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
+
+    def without_values(*tensors: Tensor) -> Sequence[Tensor]:
+        with answering(), without_looks(), distributions_unchecked():
+            return f(*tensors)
+
     try:
         with recorded(), explaining("fz.jit"), sizes_left_open() if mode.shape_env else contextlib.nullcontext():
-            return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+            return make_fx(without_values, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except data_dependent_errors() as error:
+        operator = getattr(error, "func", None)
+        by = "" if operator is None else f", by {operator}"
+        name = operator._schema.name if isinstance(operator, OpOverload) else None
         raise TraceError(
-            f"fz.jit: the function looks at the value of a tensor, which a trace does not have, at\n"
-            f"{line_of_user(error)}\n{module_of(error)}"
-            f"Use torch.where instead of `if`, keep numbers as tensors instead of .item(), or pass what is known "
-            f"beforehand as a Python value."
+            f"fz.jit: the function looks at the value of a tensor{by}, which a trace does not have, at\n"
+            f"{line_of_user(error)}\n{module_of(error)}{remedy(name)}."
         ) from error
     except SyntaxError as error:
         # torch.fx writes each new graph as Python, where the name of this one operator is a keyword.

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from fzero.kernels.in_place import IN_PLACE, targets_of
-from fzero.program.aliases import alias_of, written_by
+from fzero.operators import written_by
+from fzero.program.aliases import alias_of
 from fzero.program.loop import run_loop
 from fzero.program.sizes import is_size
 from fzero.program.trace import Trace

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fzero.program.aliases import written_by
+from fzero.operators import written_by
 from fzero.program.options import Options
 from fzero.program.trace import Trace, copied
 

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx
 
 from fzero.marks import marks_of
-from fzero.program.aliases import alias_of, written_by
+from fzero.operators import written_by
+from fzero.program.aliases import alias_of
 from fzero.program.build import call, mode_of
 from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
