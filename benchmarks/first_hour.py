@@ -2,6 +2,8 @@
 
     python benchmarks/first_hour.py            every part
     python benchmarks/first_hour.py sizes      what a new size of the batch costs, as CPU time
+    python benchmarks/first_hour.py imports --before ../older    what `import fzero` adds to `import torch`, here and
+                                                                 in an older checkout, in turns
 
 Figures go into `benchmarks/results/first-hour.json`, part by part; those of parts that were not run stay.
 """
@@ -10,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,15 +105,40 @@ def _timed(step: Callable[..., Any], state: Any, batch: Any) -> tuple[Any, float
     return state, time.process_time() - start
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"sizes": sizes}
+_IMPORT = """
+import time
+start = time.process_time()
+import torch
+between = time.process_time()
+import fzero
+print(between - start, time.process_time() - between)
+"""
+
+
+def imports(before: Path | None = None, repeats: int = 9) -> dict[str, Any]:
+    """Return medians of the CPU seconds of `import torch`, and of `import fzero` after it, each in a fresh process."""
+    checkouts = {"now": Path(__file__).parents[1]} | ({} if before is None else {"before": before})
+    rows: dict[str, list[list[float]]] = {name: [] for name in checkouts}
+    for _ in range(repeats + 1):  # the first run of each writes byte code
+        for name, folder in checkouts.items():
+            environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "PYTHONDONTWRITEBYTECODE": ""}
+            run = subprocess.run([sys.executable, "-c", _IMPORT], env=environment, capture_output=True, check=True)
+            rows[name].append([float(x) for x in run.stdout.split()])
+    medians = {name: [statistics.median(column) for column in zip(*of[1:], strict=True)] for name, of in rows.items()}
+    return {name: {"torch": torch_s, "fzero": fzero_s} for name, (torch_s, fzero_s) in medians.items()}
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"sizes": sizes, "imports": imports}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--before", type=Path, metavar="PATH", help="an older checkout, for the part `imports`")
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for name in parser.parse_args().parts:
-        known[name] = PARTS[name]()
+    args = parser.parse_args()
+    for name in args.parts:
+        known[name] = imports(args.before) if name == "imports" else PARTS[name]()
         print(name, json.dumps(known[name], indent=1))
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(json.dumps(known, indent=1) + "\n")
