@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fzero.kernels.codes import BLOCK, decode, encode
+import fzero as fz
+from fzero.kernels.codes import BLOCK, FLOOR, decode, encode
 from fzero.kernels.quantize import dequantize, launch_dequantize, launch_quantize, quantize
 from tests.triton_process import compiled, interpreted
 
@@ -31,11 +34,13 @@ def every_code(signed: bool) -> Tensor:
 def grid(signed: bool) -> Tensor:
     """The value of every code under a scale of 1, in float64."""
     code = every_code(signed).double()
-    return code * code.abs() / 127**2 if signed else (code / 255) ** 4
+    eighths = code.abs() + 8 * 127 - (127 if signed else 255)
+    value = 2 ** (eighths.div(8, rounding_mode="floor") - 127) * (1 + eighths % 8 / 8)
+    return torch.where(code == 0, 0.0, value * code.sign())
 
 
 @signed_and_not
-def test_codes_stand_for_the_powers_that_they_should(signed: bool) -> None:
+def test_codes_stand_for_the_values_that_they_should(signed: bool) -> None:
     codes = every_code(signed)
     for scale in (1.0, 3.7e-5, 2.0**100):
         scales = torch.full((2,), scale)
@@ -47,6 +52,8 @@ def test_codes_stand_for_the_powers_that_they_should(signed: bool) -> None:
 @signed_and_not
 def test_every_code_is_found_again(signed: bool) -> None:
     codes = torch.cat([every_code(signed), every_code(signed)])
+    if not signed:
+        codes = torch.where((codes > 0) & (codes < FLOOR), FLOOR, codes)
     codes[::BLOCK] = 127 if signed else 255  # a block's largest has the largest code
     for scale in (1.0, 3.7e-5, 2.0**100):
         scales = torch.full((len(codes[::BLOCK]),), scale)
@@ -63,7 +70,7 @@ def test_nearest_is_the_nearest(signed: bool) -> None:
     gap = (part.flatten()[:, None] - grid(signed)).abs()
     found = gap[torch.arange(len(x)), codes.long() + (127 if signed else 0)]
     least = gap.amin(1)
-    is_floor = (codes == 1) & (x > 0) & (not signed)
+    is_floor = (codes == FLOOR) & (x > 0) & (not signed)
     assert (found <= least * (1 + 1e-4) + 1e-12)[~is_floor].all()
 
 
@@ -180,3 +187,30 @@ def test_what_is_refused() -> None:
     for call, f in (("decode", decode), ("dequantize", dequantize)):
         with pytest.raises(ValueError, match=rf"{call}: scales have shape \(1,\), expected \(2,\)"):
             f(codes, torch.ones(1))
+
+
+RATIOS = 10.0 ** -torch.arange(9.0)
+ADAMW_LIKE = {"adamw": fz.adamw(1.0, weight_decay=0.0), "adam": fz.adam(1.0)}
+LINEAR = {"sgd": fz.sgd(1.0, momentum=0.9), "lion": fz.lion(1.0)}
+
+
+def moved(optimizer: Any, moment: torch.dtype, noisy: bool) -> Tensor:
+    """How far elements with gradients of each ratio to their block's largest go in 20 steps, on average."""
+    ratio = RATIOS[torch.arange(BLOCK) % 9].repeat(24)
+    policy = fz.Policy(moment=moment, rounding="stochastic" if moment == torch.int8 else "nearest")
+    state = fz.init({"w": torch.zeros(len(ratio))}, optimizer, fz.make_mesh("cpu"), policy=policy)
+    params, opt_state, generator = state.params, state.moments, torch.Generator().manual_seed(3)
+    for step in range(20):
+        g = (torch.randn(len(ratio), generator=generator) * noisy + 1) * ratio
+        params, opt_state = optimizer.update(params.replace(pieces=(g,)), opt_state, params, step=step, seed=7)
+    w = fz.gather(params)["w"].abs()
+    return torch.stack([w[ratio == r].mean() for r in RATIOS])
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["constant", "noisy"])
+@pytest.mark.parametrize("name", [*ADAMW_LIKE, *LINEAR])
+def test_no_element_moves_further_than_by_exact_moments(name: str, noisy: bool) -> None:
+    optimizer = {**ADAMW_LIKE, **LINEAR}[name]
+    exact, found = moved(optimizer, torch.float32, noisy), moved(optimizer, torch.int8, noisy)
+    assert (found <= exact * 1.1)[: 9 if name in ADAMW_LIKE else 4].all()
+    assert (found >= exact * 0.9)[:4].all()

@@ -44,7 +44,7 @@ def quantize(x: Tensor, *, signed: bool, noise16: Tensor | None = None) -> tuple
     Example:
         >>> codes, scales = quantize(torch.tensor([4.0, 1.0]), signed=False)
         >>> dequantize(codes, scales)
-        tensor([4.0000, 0.9931])
+        tensor([4., 1.])
     """
     for name, tensor, dtype in (("x", x, torch.float32), ("noise16", noise16, torch.int32)):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != (x.numel(),) or not tensor.is_contiguous()):
