@@ -8,6 +8,8 @@ What a module keeps to itself becomes an argument, and what it changes becomes a
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ from fzero.deferred import deferred, without_parameters
 from fzero.errors import BufferWriteError, ModuleError, ParameterWriteError, TreeError
 from fzero.marks import blocks_marked
 from fzero.module_errors import explaining
+from fzero.nearest import nearest
 from fzero.surroundings import Shortcuts, surroundings
 from fzero.writes import read_only
 
@@ -108,6 +111,8 @@ class Apply:
 
     Attributes:
         eval: the same function with the module in evaluation mode.
+
+    `method` makes a function of another method than `forward`.
     """
 
     def __init__(
@@ -129,6 +134,36 @@ class Apply:
         if not args:
             raise TypeError("fz.functional: with buffers=True, apply takes (params, buffers, ...).")
         return self._with_buffers(given, args[0], args[1:], kwargs)
+
+    def method(self, name: str) -> Apply:
+        """Return another method of the module as a function of the same parameters.
+
+        Args:
+            name: of a method, such as `"encode"`; also of one of a part, such as `"text_model.embed"`.
+
+        Raises:
+            AttributeError: the module has no such method.
+
+        Example:
+            >>> class Doubled(nn.Linear):
+            ...     def twice(self, x):
+            ...         return self(self(x))
+            >>> apply, params = functional(Doubled(2, 2))
+            >>> apply.method("twice")(params, torch.ones(5, 2)).shape
+            torch.Size([5, 2])
+        """
+        found: Any = self._call.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not callable(found):
+            raise AttributeError(
+                f"fz.functional: {type(self._call.module).__name__} has no method {name!r}."
+                f"{nearest(name, dir(self._call.module))}"
+            )
+        other = copy.copy(self)
+        other._call = _Call(self._call.module, name)
+        other.eval = other if self.eval is self else self.eval.method(name)
+        return other
 
     def __repr__(self) -> str:
         module = self._call.module
@@ -199,13 +234,15 @@ def _check_not_lazy(module: nn.Module) -> None:
 class _Call(nn.Module):
     """Calls a module and reads its buffers back while they are still in place."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, method: str = "") -> None:
         super().__init__()
         self.module = module
+        self.method = method
         self.shortcuts = Shortcuts.of(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        out = self.module(*args, **kwargs)
+        called = operator.attrgetter(self.method)(self.module) if self.method else self.module
+        out = called(*args, **kwargs)
         return out, dict(self.module.named_buffers()), dict(self.module.named_parameters())
 
 

@@ -384,3 +384,28 @@ def test_hugging_face_models():
         apply, params = functional(module)
         assert "lm_head.weight" not in tree.paths(params)
         assert torch.allclose(apply(params, **inputs)[0], module(**inputs)[0], atol=1e-6)
+
+
+class TwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.drop(self.body(x)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
+def test_another_method_is_a_function_of_the_same_parameters():
+    module, x = TwoWays(), torch.randn(3, 4)
+    apply, params = fz.functional(module)
+    embed = apply.method("embed")
+    assert torch.equal(embed.eval(params, x), module.body(x).tanh())
+    assert torch.equal(apply.method("head.forward")(params, torch.ones(8)), module.head(torch.ones(8)))
+    gradient = torch.func.grad(lambda p: embed.eval(p, x).sum())(params)
+    assert gradient["body"]["weight"].any() and not gradient["head"]["weight"].any()
+    assert torch.equal(apply.eval(params, x), module.eval()(x)), "the module's own call stays"
+    with pytest.raises(AttributeError, match=r"TwoWays has no method .embedd.\. Did you mean .embed."):
+        apply.method("embedd")
