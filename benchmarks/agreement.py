@@ -94,10 +94,10 @@ def main() -> None:
         run = subprocess.run(
             [*launch, *sys.argv], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        found = [line.removeprefix("RESULT ") for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
+        told = [line.removeprefix("RESULT ") for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if not told:
             raise SystemExit(run.stderr)
-        rows.append(json.loads(found[0]))
+        rows.append(json.loads(told[0]))
         print(rows[-1])
     machine = {
         "cores": os.cpu_count(),

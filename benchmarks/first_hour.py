@@ -61,7 +61,12 @@ def _mlp() -> tuple[Callable[[], nn.Module], Callable[..., Tensor], Batch]:
 def _llama() -> tuple[Callable[[], nn.Module], Callable[..., Tensor], Batch]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    widths: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(vocab_size=97, num_hidden_layers=2, max_position_embeddings=256, **widths)
     apply, _ = fz.functional(LlamaForCausalLM(config))
 
