@@ -3,9 +3,10 @@
     totals = world.run(total, 3, size=4)                    # [12, 12, 12, 12], one result a rank
     world.raises(DonatedError, reads_donated, size=2)       # every rank has to raise it
 
-The processes are spawned once, import torch once, and live between cases; a case of size k uses the first
-k of them. Their gloo process group stays while the size is unchanged and the last case ended well. A world
-of one has no process group at all.
+The processes are forked from one that has imported torch and fzero and has run nothing (`tests.preload`), so a
+new one starts in no time; they live between cases, and a case of size k uses the first k of them. Their gloo
+process group stays while the size is unchanged and the last case ended well. A world of one has no process
+group at all.
 
     caller    pickle (function, args) ─▶ k pipes ─▶ wait for k answers or the deadline
     rank      join the group, where it is a new one ─▶ unpickle ─▶ call ─▶ result or traceback
@@ -31,7 +32,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ import torch.distributed as dist
 from fzero._torch import one_gloo_thread
 
 MAX_SIZE = 4
-START_DEADLINE = 120.0  # seconds for a new process to import torch
+START_DEADLINE = 120.0  # seconds for a new process; before the first, torch is imported
 GRACE = 10.0  # seconds that the others have left once a rank has failed: they may wait for it in a collective
 
 
@@ -138,10 +139,11 @@ class _Worker:
     """One process, its pipe, and the file it writes its stack to."""
 
     def __init__(self, stack: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         self.stack = stack
         self.pipe, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, str(stack)), daemon=True)
+        self.process: ForkServerProcess = context.Process(target=_serve, args=(theirs, str(stack)), daemon=True)
         self.process.start()
         theirs.close()
 
