@@ -26,6 +26,7 @@ from torch import Tensor
 from fzero import display, tree
 from fzero._torch import FakeTensor, torch_pytree
 from fzero.arguments import named
+from fzero.chosen import chosen, pruned
 from fzero.collectives import all_gather
 from fzero.errors import LayoutError, MeshError
 from fzero.mesh import Mesh
@@ -261,33 +262,57 @@ def _shard(tree_: Any, mesh: Mesh, layout: Layout | P, policy: Policy | None) ->
     return Sharded(pieces, placed)
 
 
-@collective("fz.gather", lambda sharded: held(sharded))
-def gather(sharded: Any) -> Any:
+@collective("fz.gather", lambda sharded, *, only=None: held(sharded if only is None else _some(sharded, only)))
+def gather(sharded: Any, *, only: str | Sequence[str] | None = None) -> Any:
     """Return full tensors of true shapes for a `Sharded`, or for every `Sharded` in a tree.
 
     A collective: every rank calls it.
 
     Args:
         sharded: a `Sharded`, or any tree; a `State` comes back with full trees for its parameters and moments.
+        only: of one `Sharded`, the leaves to gather: a pattern of dotted paths (`*` matches anything), or several. The
+            others cost nothing.
 
     Returns:
         The tree that was cut, on every rank, in the pieces' dtype. It shares no memory with the pieces. Of
-        gradients, the true values: leaf × factor; `None` where there is none.
+        gradients, the true values: leaf × factor; `None` where there is none. With `only`, the chosen leaves in nested
+        dicts, whose keys are what the tree is indexed by.
 
     Raises:
         DonatedError: the pieces' memory was donated.
         MeshError: the mesh is simulated.
+        TreeError: a pattern of `only` fits no leaf.
+        TypeError: `only` is no pattern, or is asked of something else than a `Sharded`.
 
     Example:
         >>> from fzero.mesh import make_mesh
-        >>> gather(shard({"w": torch.ones(2, 2)}, make_mesh("cpu"), zero(3)))
-        {'w': tensor([[1., 1.], [1., 1.]])}
+        >>> pieces = shard({"w": torch.ones(2), "blocks": [torch.zeros(1), torch.ones(1)]}, make_mesh("cpu"), zero(3))
+        >>> gather(pieces)
+        {'w': tensor([1., 1.]), 'blocks': [tensor([0.]), tensor([1.])]}
+        >>> gather(pieces, only="blocks.1")
+        {'blocks': {1: tensor([1.])}}
     """
+    if only is not None:
+        some = _some(sharded, only)
+        check_not_simulated(some, "fz.gather")
+        indices = chosen("fz.gather", sharded.paths, only)
+        return pruned(sharded.placement.treedef, indices, list(_gather_node(some).values()))
     nodes, treedef = tree.flatten(sharded, is_leaf=lambda x: isinstance(x, Sharded))
     for node in nodes:
         if isinstance(node, Sharded):
             check_not_simulated(node, "fz.gather")
     return tree.unflatten(treedef, [_gather_node(node) for node in nodes])
+
+
+def _some(sharded: Any, only: str | Sequence[str]) -> Sharded:
+    """Return the leaves of a `Sharded` that were asked for."""
+    if not isinstance(sharded, Sharded):
+        way_out = "fz.gather(state.params, only=...)" if hasattr(sharded, "params") else "fz.gather(tree)"
+        raise TypeError(
+            f"fz.gather: only= chooses leaves of one Sharded, such as parameters or gradients, got "
+            f"{tree.describe(sharded)}. Write {way_out}."
+        )
+    return sharded.select(chosen("fz.gather", sharded.paths, only))
 
 
 def _gather_node(node: Any) -> Any:

@@ -17,6 +17,7 @@ ORDER = [
     "nearest",
     "tree",
     "arguments",
+    "chosen",
     "padding",
     "operators",
     "marks",
