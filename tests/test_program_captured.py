@@ -119,3 +119,32 @@ def test_a_graph_whose_lines_are_not_known_is_checked_too() -> None:
         node.meta.pop("custom", None)
     with pytest.raises(fz.TraceError, match="at a line that is not known"):
         check_captured(module)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda t: t,
+    "unsqueeze": lambda t: t[:, None],
+    "view": lambda t: t.view(2, 3),
+    "slice": lambda t: t[1:4],
+    "select of a view": lambda t: t.view(2, 3)[1],
+    "transpose": lambda t: t.view(2, 3).T,
+    "split": lambda t: t.split(4)[0],
+    "unbind": lambda t: t.view(2, 3).unbind()[1],
+    "detach": lambda t: t.detach(),
+    "diagonal": lambda t: t[:4].view(2, 2).diagonal(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_what_is_closed_over_is_neither_written_nor_given_out(
+    view: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    held = torch.arange(6).to(dtype)
+    before, x = held.clone(), torch.randn(())
+    jitted = fz.jit(lambda x: (x * (1 + view(held)), view(held)))
+    for _ in range(2):
+        sums, given = jitted(x)
+        assert_same_bits((sums, given), (x * (1 + view(before)), view(before)))
+        given.zero_()
+        assert torch.equal(held, before)

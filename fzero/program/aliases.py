@@ -10,6 +10,7 @@ import operator
 from torch import Tensor, fx
 
 from fzero._torch import storage_id
+from fzero.operators import viewed
 from fzero.program.wire import WAIT
 
 
@@ -42,3 +43,7 @@ def record_alias(node: fx.Node) -> None:
             if isinstance(other, Tensor) and storage_id(other) == mine:
                 node.meta["alias"] = i
                 return
+        # A constant is a real tensor, and the val of a view of it is fake: their memory cannot be compared.
+        given = [x for x in viewed(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
+        if constant := next((x for x in given if x.op == "get_attr"), None):
+            node.meta["alias"] = node.all_input_nodes.index(constant)
