@@ -209,7 +209,9 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
 
     Returns:
         `(state, info)`, where `info` holds `grad_norm` (fp32, over all ranks, not finite where a gradient is not),
-        `finite` (bool), `lr`, and `loss_scale`: the one that this step used (1 without loss scaling).
+        `finite` (bool), `lr` (fp32), and `loss_scale` (fp32): the one that this step used (1 without loss scaling).
+        All are of shape () and of no memory that anybody else holds. Where groups of leaves have rates of their own, as
+        under `fz.partition_by`, `lr` is the largest of them, and each stands beside it: `lr/label`.
 
     Raises:
         TypeError: `grads` are not a state's gradients.
@@ -253,7 +255,7 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     info = {
         "grad_norm": norm,
         "finite": finite,
-        "lr": state.optimizer.learning_rate(state.step),
+        **_rates("lr", state.optimizer.learning_rate(state.step), state.step),
         "loss_scale": torch.ones((), device=state.mesh.device) if state.loss_scale is None else state.loss_scale,
     }
     scale, streak = state.loss_scale, state.streak
@@ -263,6 +265,15 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
         state, params=params, moments=moments, step=state.step + advance, loss_scale=scale, streak=streak
     )
     return moved, info
+
+
+def _rates(name: str, rates: Any, step: Tensor) -> dict[str, Tensor]:
+    """Return learning rates, one or a dict of groups' in dicts, by name: the largest first, then those of groups."""
+    if isinstance(rates, Tensor):
+        return {name: rates.clone()}  # a schedule may return a tensor that it closes over
+    below = {label: _rates(f"{name}/{label}", inner, step) for label, inner in rates.items()}
+    largest = [next(iter(group.values())) for group in below.values()] or [torch.zeros((), device=step.device)]
+    return {name: torch.stack(largest).amax(), **{key: rate for group in below.values() for key, rate in group.items()}}
 
 
 def train_step(

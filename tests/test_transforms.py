@@ -96,7 +96,7 @@ def test_each_group_moves_by_its_own_optimizer(labels: Any) -> None:
         assert optimizer is not None
         alone = state_of(optimizer)
         alone, alone_info = fz.apply_gradients(alone, gradient_of(alone, VALUE))
-        assert torch.equal(info["lr"][label], alone_info["lr"])
+        assert torch.equal(info[f"lr/{label}"], alone_info["lr"])
         for path in together.params.paths:
             if top(path) == label:
                 assert same_bits(piece(together.params, path), piece(alone.params, path)), path

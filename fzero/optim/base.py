@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero.errors import TreeError
+from fzero.errors import ShapeError, TreeError
 from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
 from fzero.mesh import Mesh
@@ -265,7 +265,14 @@ def _is_stored_whole(grads: Sharded, params: Sharded, index: int) -> bool:
 def rate(lr: Rate, step: Tensor) -> Tensor:
     """Return a learning rate at a step, as fp32 of shape ()."""
     value = lr(step) if callable(lr) else lr
-    return value.to(torch.float32) if isinstance(value, Tensor) else torch.full((), value, device=step.device)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.float32, device=step.device)
+    if value.numel() != 1:
+        raise ShapeError(
+            f"fz.apply_gradients: the learning rate of a step must be one number, got {tree.describe(value)} from "
+            f"{getattr(lr, '__name__', lr)}. Return a tensor of shape ()."
+        )
+    return value.reshape(()).to(torch.float32)
 
 
 def mask_of(call: str, mask: Any, name: str = "mask") -> Mask | None:

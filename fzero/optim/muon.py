@@ -222,7 +222,7 @@ def muon(
         others: optimizer of the other leaves. Default: `adamw` with the same learning rate, weight decay and mask.
 
     Returns:
-        An optimizer. With `others` its learning rate is a dict: "matrices", and "others".
+        An optimizer. With `others` a step tells `lr/matrices` and `lr/others`, and the larger as `lr`.
 
     Raises:
         TypeError, ValueError: a number is none, or out of its range; `others` is no optimizer; or, from `init`,

@@ -208,8 +208,8 @@ def partition_by(labels: Any, optimizers: Mapping[str, Optimizer | None]) -> Par
         optimizers: label to optimizer; `None` freezes a group: no gradient, no moments, no change.
 
     Returns:
-        An optimizer. Its learning rate is a dict, label to rate. A `chain` inside a group sees that group's
-        gradients alone; to clip over all of them put the `chain` outside.
+        An optimizer. A step tells the rate of each group as `lr/label`, and the largest as `lr`. A `chain` inside a
+        group sees that group's gradients alone; to clip over all of them put the `chain` outside.
 
     Raises:
         TypeError: `optimizers` is no dict of optimizers.
