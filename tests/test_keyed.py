@@ -161,22 +161,29 @@ def test_draws_leave_the_global_generator_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# Ten rounds of rejection take seconds to trace: one of each kind that `every_draw` has is enough here.
-@pytest.mark.parametrize("name", sorted(DRAWS.keys() - {"gamma", "gamma below one", "Gamma.sample", "dirichlet"}))
+# Ten rounds of rejection take seconds to trace, and a generator of None is gone before a trace sees it.
+SLOWLY_TRACED = {"gamma", "gamma below one", "Gamma.sample", "dirichlet"}
+TRACED = [name for name in DRAWS if name not in SLOWLY_TRACED and "generator" not in name]
+
+
+@pytest.mark.parametrize("name", TRACED)
 def test_traced_recomputed_and_differentiated_draws_are_the_eager_ones(name):
     op, x = DRAWS[name].op, ones()
 
-    def weighted(f: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
-        return lambda key, x: fz.keyed(f)(key, x) * x.mean()
+    def weighted(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: fz.keyed(f)(7, x) * x.mean()
 
     def gradient(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
-        return fz.value_and_grad(lambda x: weighted(f)(7, x).sum())
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            draws = weighted(f)(x)
+            return draws.sum(), draws
 
-    eager = weighted(op)(7, x)
-    assert torch.equal(fz.jit(weighted(op))(torch.tensor(7, dtype=torch.int32), x), eager)
-    assert torch.equal(weighted(fz.remat(op))(7, x), eager)
-    assert torch.equal(fz.vjp(lambda x: weighted(op)(7, x), x)[0], eager)
+        return fz.value_and_grad(loss, has_aux=True)
+
+    eager = weighted(op)(x)
+    assert torch.equal(weighted(fz.remat(op))(x), eager)
     expected = gradient(op)(x)
+    assert torch.equal(fz.tree.leaves(expected)[1], eager)
     small.assert_same_bits(gradient(fz.remat(op))(x), expected)
     small.assert_same_bits(fz.jit(gradient(fz.remat(op)))(x), expected)
 

@@ -142,22 +142,21 @@ def test_every_file_has_a_place():
     assert not homeless, "add these to ORDER"
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_imports_come_from_above(file):
-    if entry(file) != "__init__":
-        assert not wrong_imports((PACKAGE.parent / file).read_text(), file)
+def test_imports_come_from_above():
+    files = [file for file in FILES if entry(file) != "__init__"]
+    assert not [wrong for file in files for wrong in wrong_imports((PACKAGE.parent / file).read_text(), file)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_private_names_of_torch_stand_in_one_file(file):
-    if file.name != "_torch.py":
-        assert not private_names((PACKAGE.parent / file).read_text(), file)
+def test_private_names_of_torch_stand_in_one_file():
+    files = [file for file in FILES if file.name != "_torch.py"]
+    assert not [name for file in files for name in private_names((PACKAGE.parent / file).read_text(), file)]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=str)
-def test_init_holds_names_only(file):
-    body = ast.parse((PACKAGE.parent / file).read_text()).body
-    assert not [f"{file}:{statement.lineno}" for statement in body if not is_name_only(statement)]
+def test_init_holds_names_only():
+    for file in FILES:
+        if file.name == "__init__.py":
+            body = ast.parse((PACKAGE.parent / file).read_text()).body
+            assert not [f"{file}:{statement.lineno}" for statement in body if not is_name_only(statement)]
 
 
 @pytest.mark.parametrize(

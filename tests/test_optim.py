@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,18 +83,6 @@ every_pair = pytest.mark.parametrize(
         for policy in POLICIES
     ],
 )
-
-
-def quick(*cases: Any) -> Any:
-    """Every policy and stage, of which these are not slow."""
-    return pytest.mark.parametrize(
-        ("policy", "stage"),
-        [
-            pytest.param(policy, stage, marks=() if (policy, stage) in cases else pytest.mark.slow)
-            for policy in POLICIES
-            for stage in (1, 3)
-        ],
-    )
 
 
 def state_of(optimizer: fz.Optimizer, policy: str = "fp32", stage: int = 3, mesh: fz.Mesh | None = None) -> fz.State:
@@ -179,11 +168,19 @@ def test_an_update_changes_nothing_that_it_is_given(optimizer: fz.Optimizer, pol
 
 # A trace sees dtypes; what is stored in parts has other shapes too.
 @pytest.mark.parametrize(
-    "policy", [p if p in ("bf16-exact", "bf16-8bit") else pytest.param(p, marks=pytest.mark.slow) for p in POLICIES]
+    ("name", "policy"),
+    [
+        pytest.param(
+            name,
+            policy,
+            marks=() if policy == "bf16-8bit" or (name, policy) == ("adamw", "bf16-exact") else pytest.mark.slow,
+        )
+        for name in OPTIMIZERS
+        for policy in POLICIES
+    ],
 )
-@every_optimizer
-def test_steps_share_one_trace(optimizer: fz.Optimizer, policy: str) -> None:
-    step, state = fz.jit(apply, donate=0), state_of(optimizer, policy)
+def test_steps_share_one_trace(name: str, policy: str) -> None:
+    step, state = fz.jit(apply, donate=0), state_of(OPTIMIZERS[name], policy)
     for value in gradients(3):
         state = step(state, value)
     assert len(step.programs) == 1
@@ -345,13 +342,20 @@ def trained(names: Sequence[str], policy: str, stage: int, steps: int) -> dict[s
     return results
 
 
-@quick(("mixed", 1), ("bf16", 1), ("bf16-8bit", 3))
-def test_worlds_of_any_size_agree_bit_for_bit(policy: str, stage: int) -> None:
-    names = list(OPTIMIZERS)
-    (alone,) = world.run(trained, names, policy, stage, 3, size=1)
-    for size in (2, 4):
-        for rank in world.run(trained, names, policy, stage, 3, size=size):
-            assert_same_bits(rank, alone)
+QUICK = [("mixed", 1, 2), ("bf16", 1, 2), ("bf16-8bit", 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "stage", "size"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(POLICIES, (1, 3), (2, 4))
+    ],
+)
+def test_worlds_of_any_size_agree_bit_for_bit(policy: str, stage: int, size: int) -> None:
+    alone = trained(names := list(OPTIMIZERS), policy, stage, 3)
+    for rank in world.run(trained, names, policy, stage, 3, size=size):
+        assert_same_bits(rank, alone)
 
 
 # ---------------------------------------------------------------------------------------------------------
