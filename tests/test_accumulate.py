@@ -57,7 +57,7 @@ def accumulated_on_ranks(stage: int, xs: Tensor, counts: tuple[int, ...]) -> Any
     return whole, [fz.gather(fz.accumulate(function, n)(params, x)) for n in counts]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_micro_batches_equal_the_batch(size, stage):
     for whole, parts in world.run(accumulated_on_ranks, stage, inputs(size, torch.float64), COUNTS, size=size):

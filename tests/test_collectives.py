@@ -20,6 +20,7 @@ import fzero as fz
 from fzero._torch import c10d, make_fx
 from fzero.collectives import _SMALL, _sum_parts, all_gather, all_reduce, all_to_all, pad, reduce_scatter
 from tests import world
+from tests.pairwise import pairwise
 
 # torch compiles its jvp rules with torch.jit.script on first use, which warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -87,9 +88,7 @@ def transformed(transform: str, collective: str, x: Tensor, v: Tensor) -> Tensor
     return TRANSFORMS[transform](f, x[rank], v[rank])
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("collective", COLLECTIVES)
+@pytest.mark.parametrize(("size", "collective", "transform"), pairwise(SIZES, COLLECTIVES, TRANSFORMS))
 def test_transforms_see_the_linear_map(collective, transform, size):
     x, v = operands(size)
     expected = TRANSFORMS[transform](curved(REFERENCES[collective]), x, v)

@@ -267,7 +267,13 @@ def test_draws_are_distributed_as_those_of_torch(draw: Callable[[], Tensor]):
     assert (below[0] - below[1]).abs().max() < math.sqrt(-math.log(0.5e-6) / min(N, len(ours)))
 
 
-@pytest.mark.parametrize("draw", LIKE_TORCH.values(), ids=LIKE_TORCH)
+SLOW = {"gamma in float64", "Beta.sample", "StudentT.sample"}  # by the rejection that gamma and dirichlet trace too
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [pytest.param(draw, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, draw in LIKE_TORCH.items()],
+)
 def test_a_trace_draws_what_the_eager_call_draws(draw: Callable[[], Tensor]):
     key = torch.tensor(7, dtype=torch.int32)
     expected = fz.keyed(draw)(key)

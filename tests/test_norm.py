@@ -13,7 +13,7 @@ from tests import world
 from tests.small import flat, gradient_of, parameters
 
 SIZES = (1, 2, 4)
-STAGES = (0, 1, 2, 3)
+STAGES = (0, 1, 3)
 
 
 def state_of(optimizer: fz.Optimizer, stage: int = 3, policy: str = "fp32", mesh: fz.Mesh | None = None) -> fz.State:

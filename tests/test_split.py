@@ -148,7 +148,7 @@ def test_halves_have_the_bits_of_vjp(name: str, size: int, stages: tuple[int, ..
 @pytest.mark.parametrize("policy", ["mixed", "bf16-exact", "fp16", "bf16-8bit"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_halves_have_the_bits_of_vjp_under_every_policy(name: str, size: int, policy: str) -> None:
-    world.run(halves_and_vjp, name, (0, 1, 2, 3), policy, size=size, deadline=180.0)
+    world.run(halves_and_vjp, name, (0, 1, 3), policy, size=size, deadline=180.0)
 
 
 # ---------------------------------------------------------------------------------------------------------

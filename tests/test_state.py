@@ -91,14 +91,14 @@ def check_against_reference(results, data: Tensor, **adamw) -> None:
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_ten_steps_equal_plain_pytorch(size, stage):
     data = batches(size, 10)
     check_against_reference(world.run(train, fz.zero(stage), {}, data, size=size, **ADAMW), data, **ADAMW)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_sharded_inside_a_node_and_replicated_across(stage):
     data = batches(4, 10)
     layout = fz.zero(stage, axis="data", replicate="node")

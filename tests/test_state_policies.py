@@ -124,7 +124,7 @@ QUICK = {(name, 2) for name in POLICIES} | {
 def test_every_policy_trains_as_plain_pytorch_at_every_stage(name: str, size: int) -> None:
     expected = in_float64()
     variants = ("plain", "autocast", "in fp32") if size == 2 else ("norms exempt",) if size == 1 else ("plain",)
-    stages = range(4) if size == 2 else (3,)
+    stages = (0, 1, 3) if size == 2 else (3,)
     ranks = world.run(at_stages, name, variants, stages, size=size)
     for variant in variants:
         first = ranks[0][variant][0]
