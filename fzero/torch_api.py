@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fzero import tree
 from fzero.algebra import add
 from fzero.autodiff import Pullback, call, vjp
+from fzero.deferred import without_parameters
 from fzero.functional import functional
 from fzero.layout import Sharded
 from fzero.optim.base import Optimizer
@@ -250,12 +251,11 @@ def wrap(
         >>> bool(model.step()["finite"])
         True
     """
-    apply, _, buffers = _in_mode(module, training=True)
-    evaluation, _, _ = _in_mode(module, training=False)
+    apply, _, buffers = functional(_in_training(module), buffers=True)
     state = init(module, optimizer, **options)
     buffers = tree.map(lambda buffer: buffer.to(state.mesh.device, copy=True), buffers)
     choices = {"cast_inputs": cast_inputs, "donate": donate, "traced": traced}
-    return Model(apply, state, evaluation=evaluation, buffers=buffers, **choices)
+    return Model(apply, state, evaluation=apply.eval, buffers=buffers, **choices)
 
 
 class _Static:
@@ -336,17 +336,12 @@ def _in_reduce_dtype(gradient: Sharded) -> Sharded:
     return gradient.replace(pieces=tuple(pieces))
 
 
-def _in_mode(module: nn.Module | Callable[[], nn.Module], *, training: bool) -> tuple[Callable[..., Any], Any, Any]:
-    """Return a module as a pure function in one of its modes, with its parameters and buffers."""
+def _in_training(module: nn.Module | Callable[[], nn.Module]) -> nn.Module | Callable[[], nn.Module]:
+    """Return a copy of a module that shares its tensors, or a factory of it, in training mode."""
     if not isinstance(module, nn.Module):
-        return functional(lambda: _switched(module(), training), buffers=True)
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        return functional(_switched(module, training), buffers=True)
-    finally:
-        for part, mode in modes:
-            part.training = mode
+        return lambda: _trained(module())
+    return _trained(without_parameters(module, {id(t): t for t in (*module.parameters(), *module.buffers())}))
 
 
-def _switched(module: nn.Module, training: bool) -> nn.Module:
-    return module if module.training and training else module.train(training)
+def _trained(module: nn.Module) -> nn.Module:
+    return module if module.training else module.train()
