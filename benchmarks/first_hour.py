@@ -2,8 +2,13 @@
 
     python benchmarks/first_hour.py            every part
     python benchmarks/first_hour.py sizes      what a new size of the batch costs, as CPU time
-    python benchmarks/first_hour.py imports --before ../older    what `import fzero` adds to `import torch`, here and
-                                                                 in an older checkout, in turns
+    python benchmarks/first_hour.py imports    what `import fzero` adds to `import torch`, as CPU time
+    python benchmarks/first_hour.py demo       `make demo` from start to end, and a step of it
+    python benchmarks/first_hour.py vision     `make demo-vision` from start to end
+    python benchmarks/first_hour.py suite      `make test`, with cold compiler caches
+
+With `--before PATH` imports, demo and suite do the same in an older checkout, in the same run. The older demo runs a
+few steps only, from which its whole is told.
 
 Figures go into `benchmarks/results/first-hour.json`, part by part; those of parts that were not run stay.
 """
@@ -13,9 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from step_report import machine, versions
+
 import fzero as fz
 
+HERE = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "first-hour.json"
 
 Batch = Callable[[int], dict[str, Tensor]]
@@ -122,7 +135,7 @@ print(between - start, time.process_time() - between)
 
 def imports(before: Path | None = None, repeats: int = 9) -> dict[str, Any]:
     """Return medians of the CPU seconds of `import torch`, and of `import fzero` after it, each in a fresh process."""
-    checkouts = {"now": Path(__file__).parents[1]} | ({} if before is None else {"before": before})
+    checkouts = {"now": HERE} | ({} if before is None else {"before": before})
     rows: dict[str, list[list[float]]] = {name: [] for name in checkouts}
     for _ in range(repeats + 1):  # the first run of each writes byte code
         for name, folder in checkouts.items():
@@ -133,18 +146,81 @@ def imports(before: Path | None = None, repeats: int = 9) -> dict[str, Any]:
     return {name: {"torch": torch_s, "fzero": fzero_s} for name, (torch_s, fzero_s) in medians.items()}
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"sizes": sizes, "imports": imports}
+def demo(before: Path | None = None) -> dict[str, Any]:
+    """Return the seconds of `make demo`, wall and CPU, and of one step of it, here and in an older checkout."""
+    found: dict[str, Any] = {"now": _ran(HERE, "examples/train_gpt.py")}
+    for name, folder, short, long in (("now", HERE, 5, 45), ("before", before, 2, 8)):
+        if folder is not None:
+            few, more = (
+                _ran(folder, "examples/train_gpt.py", "--steps", str(n), "--sample", "1") for n in (short, long)
+            )
+            step = {key: (more[key] - few[key]) / (long - short) for key in few}
+            found.setdefault(name, {})["step"] = step
+    if "before" in found:
+        found["before"] |= {"told_from_steps": {key: 500 * x for key, x in found["before"]["step"].items()}}
+    return found
+
+
+def vision(before: Path | None = None) -> dict[str, Any]:
+    """Return the seconds of `make demo-vision`, wall and CPU."""
+    return {"now": _ran(HERE, "examples/vision_language.py")}
+
+
+def suite(before: Path | None = None) -> dict[str, Any]:
+    """Return the seconds of `make test`, wall and CPU, and what it says, here and in an older checkout."""
+    folders = {"now": HERE} | ({} if before is None else {"before": before})
+    found = {}
+    for name, folder in folders.items():
+        said: list[str] = []
+        seconds = _ran(folder, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q", said=said)
+        found[name] = seconds | {"said": next((line for line in reversed(said) if re.search(r" in \d", line)), "")}
+    return found
+
+
+def _ran(folder: Path, *command: str, said: list[str] | None = None) -> dict[str, float]:
+    """Run Python in a checkout, with compiler caches of its own; return the seconds that it took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        caches = {name: f"{scratch}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), **caches}
+        start, used = time.perf_counter(), _used()
+        run = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+        if said is None and run.returncode:
+            raise SystemExit(run.stderr)
+        if said is not None:
+            said += run.stdout.splitlines()
+            print("\n".join(line for line in said if line.startswith(("FAILED", "ERROR"))), flush=True)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": _used() - used}
+
+
+def _used() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "sizes": sizes,
+    "imports": imports,
+    "demo": demo,
+    "vision": vision,
+    "suite": suite,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--before", type=Path, metavar="PATH", help="an older checkout, for the part `imports`")
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--before", type=Path, metavar="PATH", help="an older checkout")
     args = parser.parse_args()
-    for name in args.parts:
-        known[name] = imports(args.before) if name == "imports" else PARTS[name]()
-        print(name, json.dumps(known[name], indent=1))
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    about = {
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    for name in args.parts or PARTS:
+        figures = PARTS[name]() if name == "sizes" else PARTS[name](args.before)
+        known[name] = {**about, **figures}
+        print(name, json.dumps(known[name], indent=1), flush=True)
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(json.dumps(known, indent=1) + "\n")
 
