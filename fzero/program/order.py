@@ -1,6 +1,9 @@
 """The collectives of a program in their order: what ranks have to have in common to run together.
 
 Programs of one function may differ in everything else: each rank has a batch of its own length, or another constant.
+What collectives send has to be equal in size, too. Leaves are; of what depends on the batch, a program that leaves
+sizes open is asked at the sizes of each call.
+
 But passes order collectives by the bytes around them, and so by the sizes of the batch. So the program of a function
 that is there first decides: its order is written into the store, and later programs with the same collectives, of this
 rank and of others, keep to it.
@@ -16,8 +19,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from fzero.marks import marks_of
 from fzero.program.loop import run_loop
@@ -35,7 +40,7 @@ Order = list[Any]
 def collectives(trace: Trace) -> Iterator[tuple[str, fx.Node]]:
     """Yield the name of each collective of a program with its node; those of a loop behind the loop."""
     for name, node in named(trace):
-        yield name, node
+        yield (name if node.target is run_loop else _name(node, sizes=True)), node
         if node.target is run_loop:
             for inner, place in collectives(body_of(trace, node)):
                 yield f"    {inner}", place
@@ -47,12 +52,30 @@ def digest(function: str, trace: Trace) -> str:
     return hashlib.sha256("\n".join((function, *names)).encode()).hexdigest()[:32] if names else ""
 
 
+def sends_open_sizes(trace: Trace) -> bool:
+    """Return whether a trace that is made with symbols has collectives of which a size is open."""
+    nodes = [node for _, node in collectives(trace) if node.target is not run_loop]
+    values = (x for node in nodes for source in node.all_input_nodes for x in _sizes_in(source.meta.get("val")))
+    return any(isinstance(x, torch.SymInt) for x in values)
+
+
+def _sizes_in(value: Any) -> Iterator[Any]:
+    """Yield the sizes in a value: itself, or those of tensors."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _sizes_in(part)
+    elif isinstance(value, Tensor):
+        yield from value.shape
+    else:
+        yield value
+
+
 def named(trace: Trace) -> list[tuple[str, fx.Node]]:
-    """Return the collectives of a graph, and its loops that hold some, in order."""
+    """Return the collectives of a graph, and its loops that hold some, in order; without sizes, except of leaves."""
     found = []
     for node in trace.module.graph.nodes:
         if is_collective(node):
-            found.append((_name(node), node))
+            found.append((_name(node, sizes="leaf" in marks_of(node)), node))
         elif node.target is run_loop and (inside := order_of(body_of(trace, node))):
             text = json.dumps(_sorted(inside)).encode()
             found.append((f"loop, {rounds_of(node)} rounds of {hashlib.sha256(text).hexdigest()[:12]}", node))
@@ -106,19 +129,18 @@ def _sorted(order: Order) -> Order:
     return sorted(([x[0], _sorted(x[1])] if isinstance(x, list) else [x] for x in order), key=repr)
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: fx.Node, *, sizes: bool) -> str:
     marks = marks_of(node)
     operation = str(node.target).removeprefix("_c10d_functional.").removesuffix(".default")
     leaf = f" of {marks['leaf']}" if "leaf" in marks else ""
     axis = f" over {marks['axis']}" if "axis" in marks else ""
     kind = " ".join(str(marks[key]) for key in ("role", "phase") if key in marks)
-    constants = [x for x in node.args[1:] if not isinstance(x, fx.Node | str)]
-    words = [x for x in node.args[1:-1] if isinstance(x, str)]  # the last one is the group
-    return f"{operation}{leaf}{axis}: {_kinds(node.args[0])} {[*constants, *words]} {kind}".rstrip()
+    sent, *rest = map_arg(node.args, lambda source: source.meta.get("val"))
+    constants = [x for x in rest[:-1] if sizes or not isinstance(x, list | tuple)]  # the last one is the group
+    return f"{operation}{leaf}{axis}: {_kinds(sent, sizes)} {constants} {kind}".rstrip()
 
 
-def _kinds(value: Any) -> str:
-    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+def _kinds(value: Any, sizes: bool) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
-    return ", ".join(map(_kinds, value)) if isinstance(value, list | tuple) else str(value)
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape) if sizes else ''}"
+    return ", ".join(_kinds(x, sizes) for x in value) if isinstance(value, list | tuple) else str(value)

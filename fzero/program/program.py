@@ -22,11 +22,15 @@ from fzero.program.lowering import Late
 from fzero.program.memory import Memory, memory_of
 from fzero.program.order import collectives, digest
 from fzero.program.pipeline import Stage
+from fzero.program.settle import at_shapes
 from fzero.program.sizes import Dim, Shapes
 from fzero.program.text import costs, stage_table, text_of
 from fzero.program.trace import Trace
 from fzero.program.traffic import Traffic, traffic_of
-from fzero.program.values import tensors_of
+
+
+# Shapes of inputs for which a program knows what it sends, where that depends on them.
+_REMEMBERED = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,16 +144,17 @@ class Program:
         """
         if not self.digest or not dist.is_initialized():
             return
-        # Sizes of collectives that the program leaves open are known now.
-        given = f"{self.digest} {[tuple(x.shape) for x in inputs]}" if self._sends_open_sizes else self.digest
-        compare(given, call, arguments, lambda: [(n, _place(node)) for n, node in collectives(self.trace)])
+        if self.trace.sizes is None or not self.trace.sizes.sent:
+            given, trace = self.digest, lambda: self.trace
+        else:
+            shapes = tuple(tuple(x.shape) for x in inputs)
+            given, trace = self._digest_at(shapes), lambda: at_shapes(self.trace, shapes)
+        compare(given, call, arguments, lambda: [(n, _place(node)) for n, node in collectives(trace())])
 
     @functools.cached_property
-    def _sends_open_sizes(self) -> bool:
-        if self.trace.sizes is None:
-            return False
-        sent = (x for _, node in collectives(self.trace) for source in node.all_input_nodes for x in tensors_of(source))
-        return any(not isinstance(size, int) for x in sent if x is not None for size in x.shape)
+    def _digest_at(self) -> Callable[[Shapes], str]:
+        """The hash for inputs of some shapes."""
+        return functools.lru_cache(_REMEMBERED)(lambda shapes: digest(self.name, at_shapes(self.trace, shapes)))
 
     def __repr__(self) -> str:
         count = sum(node.op == "call_function" for node in self.trace.module.graph.nodes)

@@ -15,6 +15,7 @@ of another.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from fzero.errors import TraceError
 from fzero.program.aliases import alias_of
 from fzero.program.loop import part_of, run_loop
 from fzero.program.lower import attribute
+from fzero.program.order import sends_open_sizes
 from fzero.program.sizes import SizeOf, Symbols
 from fzero.program.trace import Trace, copied, results, with_graph
 from fzero.program.walk import body_of
@@ -35,7 +37,8 @@ from fzero.program.walk import body_of
 def settled(trace: Trace, symbols: Symbols) -> Trace:
     """Return a trace that was made with these symbols as the passes take it."""
     sizes = {symbol: dim for dim, symbol in symbols.symbols.items()}
-    trace = _settled(trace, symbols, sizes).replace(sizes=symbols.sizes_of())
+    open_sizes = dataclasses.replace(symbols.sizes_of(), sent=sends_open_sizes(trace))
+    trace = _settled(trace, symbols, sizes).replace(sizes=open_sizes)
     return at_shapes(trace, symbols.shapes)
 
 

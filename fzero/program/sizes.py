@@ -36,12 +36,14 @@ class Sizes:
         fixed: dimensions that were to be open, and turned out to have one size, with the place that asked for it.
         conditions: what has to hold of the sizes, as text, with the place that asked for it.
         serve: whether the program is for inputs of these shapes.
+        sent: whether what collectives send depends on them.
     """
 
     dims: tuple[Dim, ...]
     fixed: Mapping[Dim, str]
     conditions: tuple[str, ...]
     serve: Callable[[Shapes], bool] = field(repr=False)
+    sent: bool = False
 
 
 class SizeOf:
