@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fzero as fz
+from fzero._torch import default_store
 from tests import world
 
 DEADLINE = 3.0
-MARGIN = 10.0  # seconds to trace and to raise, on a busy machine
+MARGIN = 30.0  # seconds to trace and to raise, on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +36,8 @@ def loss(params: Any, batch: Tensor) -> Tensor:
     return (params["w"] * batch).sum()
 
 
-def step_of() -> Any:
-    return fz.train_step(loss, donate=False, sizes="fixed")
+def step_of(sizes: str = "any") -> Any:
+    return fz.train_step(loss, donate=False, sizes=sizes)
 
 
 def outcome(f: Callable[..., Any], *args: Any) -> tuple[str, str, float]:
@@ -136,9 +138,9 @@ def branch_alone(stage: int, odd: int) -> list[Any]:
     return [*got, fz.gather(after.params)["a"]["w"]]
 
 
-@pytest.mark.parametrize(("stage", "size", "odd"), [(3, 2, 1)])
-def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(stage: int, size: int, odd: int) -> None:
-    for kind, message, _, weights in world.run(branch_alone, stage, odd, size=size):
+@pytest.mark.parametrize(("size", "odd"), [(2, 1), (4, 2)])
+def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(size: int, odd: int) -> None:
+    for kind, message, _, weights in world.run(branch_alone, 3, odd, size=size):
         assert kind == "ProgramMismatchError"
         assert re.search(rf"rank {odd} has `all_gather_\w+ of a\.w over data", message), message
         assert re.search(r"rank \d has `all_gather_\w+ of b\.w over data", message), message
@@ -146,9 +148,35 @@ def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(stage:
         assert torch.equal(weights, torch.arange(64.0) - 0.1)
 
 
-def wrong_then_right(rounds: int) -> list[Any]:
+def one_takes_another_branch(stage: int, odd: int) -> list[Tensor]:
+    """As above; what every rank has in the end beside plain PyTorch, leaf by leaf."""
+    mesh = fz.make_mesh("cpu", deadline=30.0)
+    params = {name: {"w": torch.arange(64.0)} for name in "abc"}
+    state = fz.init(params, fz.sgd(0.1), mesh, fz.zero(stage), policy="fp32")
+    own = {name: {"w": torch.arange(64.0, requires_grad=True)} for name in "abc"}
+    sgd = torch.optim.SGD([own[name]["w"] for name in "abc"], 0.1)
+    step, ranks = fz.train_step(branches, donate=False), range(mesh.size("data"))
+    for firsts in ([True for _ in ranks], [False for _ in ranks], [rank == odd for rank in ranks]):
+        batches = [{"x": torch.full((64,), 1.0 + rank), "first": firsts[rank]} for rank in ranks]
+        state, _ = step(state, batches[dist.get_rank()])
+        sgd.zero_grad(set_to_none=False)
+        torch.stack([branches(own, batch) for batch in batches]).mean().backward()
+        sgd.step()
+    full = fz.gather(state.params)
+    return [torch.stack([full[name]["w"], own[name]["w"].detach()]) for name in "abc"]
+
+
+@pytest.mark.parametrize(("stage", "size"), [(0, 2), (1, 2), (1, 4)])
+def test_a_branch_of_which_all_leaves_are_there_anyway_may_be_taken_alone(stage: int, size: int) -> None:
+    """Below stage 3 both branches reduce the gradients of all leaves, zeros among them: the same collectives."""
+    for leaves in world.run(one_takes_another_branch, stage, 1, size=size):
+        for name, (got, right) in zip("abc", leaves, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def wrong_then_right(rounds: int, sizes: str) -> list[Any]:
     """Ranks that raise for different programs go on with equal ones."""
-    state, step, other = state_of(deadline=20.0), step_of(), fz.train_step(halved, donate=False)
+    state, step, other = state_of(deadline=20.0), step_of(sizes), fz.train_step(halved, donate=False)
     found: list[Any] = []
     for number in range(rounds):
         odd = dist.get_rank() == number % dist.get_world_size()
@@ -158,16 +186,16 @@ def wrong_then_right(rounds: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_go_on_after_a_mismatch_that_was_caught(size: int) -> None:
-    first, *others = world.run(wrong_then_right, 4, size=size)
+@pytest.mark.parametrize(("size", "sizes"), [(2, "fixed"), (4, "any")])
+def test_ranks_go_on_after_a_mismatch_that_was_caught(size: int, sizes: str) -> None:
+    first, *others = world.run(wrong_then_right, 4, sizes, size=size)
     assert all(other == first for other in others)
     assert first[0::2] == ["ProgramMismatchError"] * 4
 
 
 def raises_in_the_trace(again: bool) -> list[Any]:
     """Rank 1 raises while it traces; the others, which wait for it, hear of it."""
-    state = state_of(deadline=20.0)
+    state = state_of(deadline=60.0)
     found: list[Any] = []
 
     def picky(params: Any, batch: Any) -> Tensor:
@@ -189,7 +217,7 @@ def test_a_rank_that_raises_in_its_trace_is_heard_by_those_that_wait_for_it(agai
         for kind, message, seconds in [first, *rest[::2]]:
             assert kind == ("ValueError" if rank == 1 else "PeerError")
             assert "three rows are too many" in message
-            assert seconds < 10
+            assert seconds < 30, "nobody waits for the deadline"
         assert value == 2 * sum(range(64)), "and the next call runs"
 
 
@@ -216,25 +244,31 @@ def test_errors_that_all_ranks_raise_leave_nothing_behind() -> None:
 # Calls that not all make
 
 
+def meet(name: str) -> None:
+    """Wait for all ranks, by no call of fzero, however long that takes."""
+    default_store().set(f"{name}/{dist.get_rank()}", "")
+    default_store().wait([f"{name}/{rank}" for rank in range(dist.get_world_size())], timedelta(seconds=60))
+
+
 def does_nothing(eager: bool) -> list[Any]:
-    """Rank 0 calls; the last rank does nothing until the others have given up, and learns of it at its next call."""
-    state, call = state_of(deadline=1.0), fz.gather if eager else step_of()
+    """All but the last rank call; it comes when the others have given up, and learns of it. Then all call."""
+    state, call = state_of(), fz.gather if eager else step_of()
     args = (state.params,) if eager else (state, torch.ones(64))
-    idle = dist.get_rank() == dist.get_world_size() - 1
-    if idle:
-        time.sleep(4.0)
-    found = [outcome(call, *args)]
-    return [*found, outcome(call, *args)]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        default_store().wait(["gave up"], timedelta(seconds=60))
+    first = outcome(call, *args)
+    default_store().set("gave up", "")
+    meet("all are here")
+    return [first, outcome(call, *args)]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "eager"), [(2, False), (4, True)])
 def test_a_rank_that_does_nothing_is_missed_at_the_deadline_and_learns_of_it(size: int, eager: bool) -> None:
     results = world.run(does_nothing, eager, size=size)
-    for rank, ((kind, message, seconds), (again, *_)) in enumerate(results):
+    for (kind, message, seconds), (again, *_) in results:
         assert kind == "ProgramMismatchError"
-        assert f"rank {size - 1} made no such call within 1 s" in message
-        assert seconds < (2.0 if rank == size - 1 else 1.0 + MARGIN)
+        assert f"rank {size - 1} made no such call within {DEADLINE:.0f} s" in message
+        assert seconds < DEADLINE + MARGIN
         assert again == "nothing", "the next call is made by all"
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import fzero as fz
 from tests import world
 
-DEADLINE = 2.0
+DEADLINE = 3.0
+MARGIN = 30.0  # seconds to trace and to raise, on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_the_others_get_the_error_of_the_rank_that_raised(jitted):
     assert raising[:2] == ("ValueError", "no images in this batch")
     assert waiting[0] == "PeerError"
     assert "rank 1 raised ValueError" in waiting[1] and "no images in this batch" in waiting[1]
-    assert waiting[2] < DEADLINE + 5
+    assert waiting[2] < DEADLINE + MARGIN
 
 
 def all_raise_then_go_on() -> float:
