@@ -368,6 +368,11 @@ def check_agreement(leaves: Sequence[Tensor], paths: Sequence[str], mesh: Mesh, 
     """
     if mesh.processes is None or any(isinstance(leaf, FakeTensor) for leaf in leaves):
         return
+    compared = collective(call, lambda *_: [f"leaves are compared over {dict(mesh.axes)}"])(_check_agreement)
+    compared(leaves, paths, mesh, call)
+
+
+def _check_agreement(leaves: Sequence[Tensor], paths: Sequence[str], mesh: Mesh, call: str) -> None:
     text = repr([(path, tuple(leaf.shape), leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)])
     if not _agree(torch.tensor([zlib.crc32(text.encode())], device=mesh.device), mesh).all():
         raise LayoutError(f"{call}: the ranks hold trees of different names, shapes or dtypes. Build the same model.")
