@@ -42,17 +42,21 @@ def loss_of(apply: Any) -> Any:
     return lambda params, batch: apply(params, batch).square().mean()
 
 
-# Lengths of the ranks' batches, one row a step. The first differs already, and some come again.
-LENGTHS = [(3, 64, 7, 130), (5, 5, 5, 5), (200, 1, 9, 2), (3, 64, 7, 130)]
+# Lengths of the ranks' batches, one row a call. The first differs already; some come again; 1 is never an open size. In
+# the third row rank 0 runs the program that leaves lengths open while rank 1 runs one for its length alone.
+LENGTHS = [(3, 64, 7, 130), (5, 6, 5, 5), (200, 1, 9, 2), (3, 64, 7, 130), (11, 12, 13, 14)]
 
 
-def trained(stage: int, microbatches: int, optimizer: Any) -> tuple[float, int]:
-    """The largest difference from plain PyTorch after steps in which each rank has a batch of its own length."""
-    mesh = fz.make_mesh("cpu", deadline=30.0)
+def trained(stage: int, microbatches: int) -> tuple[float, list[bool]]:
+    """The largest difference from plain PyTorch after steps in which each rank has a batch of its own length.
+
+    Also whether each of this rank's programs leaves the length open.
+    """
+    mesh = fz.make_mesh("cpu", deadline=60.0)
     model = Blocks()
     reference = copy.deepcopy(model)
     apply, _ = fz.functional(model)
-    state = fz.init(model, optimizer, mesh, fz.zero(stage), policy="fp32")
+    state = fz.init(model, fz.sgd(0.1), mesh, fz.zero(stage), policy="fp32")
     step = fz.train_step(loss_of(apply), microbatches)
     sgd = torch.optim.SGD(reference.parameters(), 0.1)
     for lengths in LENGTHS:
@@ -64,15 +68,42 @@ def trained(stage: int, microbatches: int, optimizer: Any) -> tuple[float, int]:
             (reference(batch).square().mean() / len(batches)).backward()
         sgd.step()
     full = fz.named(fz.gather(state.params))
-    return max((full[n] - p).abs().max().item() for n, p in reference.named_parameters()), len(step.programs)
+    difference = max((full[n] - p).abs().max().item() for n, p in reference.named_parameters())
+    return difference, [program.trace.sizes is not None for program in step.programs]
 
 
-@pytest.mark.parametrize(
-    ("size", "stage", "microbatches"), [(2, 3, 1), (2, 1, 2), (2, 3, 2), (4, 0, 1), (4, 1, 1), (4, 3, 2)]
-)
+@pytest.mark.parametrize(("size", "stage", "microbatches"), [(2, 0, 1), (2, 1, 1), (2, 3, 2), (4, 3, 1)])
 def test_each_rank_has_batches_of_its_own_length(size: int, stage: int, microbatches: int) -> None:
-    for difference, _ in world.run(trained, stage, microbatches, fz.sgd(0.1), size=size, deadline=200.0):
+    for rank, (difference, is_open) in enumerate(world.run(trained, stage, microbatches, size=size, deadline=200.0)):
         assert difference < 1e-6
+        assert is_open == ([False, True, False] if rank == 1 else [False, True])
+
+
+def activations_gathered() -> list[Any]:
+    """A collective whose size is the batch's own: outputs, or the error, call by call."""
+    axis = fz.make_mesh("cpu", deadline=60.0)["data"]
+    joined = fz.jit(lambda x, y: axis.gather(2 * x).sum() + y.sum())
+    rank = dist.get_rank()
+    found: list[Any] = []
+    for rows, length in [
+        (8, 3),  # both have a program for these sizes
+        (8, 3 + rank),  # rank 1 leaves the length open
+        (16, 3 + 2 * rank),  # rank 0 leaves the rows open, rank 1 both
+        (20 + 2 * rank, 5),  # what is sent differs
+        (8, 3 + rank),
+        (24, 5),
+    ]:
+        try:
+            found.append(float(joined(torch.ones(rows, 2), torch.zeros(length))))
+        except fz.ProgramMismatchError as error:
+            found.append(str(error))
+    return found
+
+
+def test_sizes_that_are_sent_have_to_be_equal_at_each_call() -> None:
+    for found in world.run(activations_gathered, size=2):
+        assert [found[i] for i in (0, 1, 2, 4, 5)] == [2 * 2 * 2 * rows for rows in (8, 8, 16, 8, 24)]
+        assert "float32(20, 2)" in found[3] and "float32(22, 2)" in found[3]
 
 
 def constants() -> list[float]:

@@ -28,7 +28,6 @@ from fzero.program.text import costs, stage_table, text_of
 from fzero.program.trace import Trace
 from fzero.program.traffic import Traffic, traffic_of
 
-
 # Shapes of inputs for which a program knows what it sends, where that depends on them.
 _REMEMBERED = 64
 
