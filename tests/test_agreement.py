@@ -71,6 +71,10 @@ def left_out(state: fz.State, batch: Tensor) -> Any:
     return fz.gather(state.params)
 
 
+def begun(state: fz.State, batch: Tensor) -> Any:
+    return fz.init({"w": torch.ones(64)}, fz.sgd(0.1), state.mesh, policy="fp32")
+
+
 # What a rank may call, and the name under which errors know it.
 CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], str]] = {
     "train": (lambda: step_of(), "train_step(loss) (call"),
@@ -81,6 +85,7 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], str]] = {
     "eager evaluation": (lambda: evaluated, "fz.call"),
     "gather": (lambda: left_out, "fz.gather"),
     "average": (lambda: lambda state, batch: fz.average(batch, state.mesh), "fz.average"),
+    "init": (lambda: begun, "fz.init"),
     "axis": (lambda: lambda state, batch: state.mesh["data"].sum(batch), "fz.Axis.sum"),
 }
 PAIRS = [
@@ -93,6 +98,7 @@ PAIRS = [
     ("eager step", "eager evaluation"),
     ("average", "gather"),
     ("axis", "train"),
+    ("init", "gather"),
 ]
 
 
