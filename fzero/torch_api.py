@@ -28,6 +28,7 @@ from fzero.primal import is_float
 from fzero.program.jit import jit
 from fzero.split import split_vjp
 from fzero.state import Skip, State, apply_gradients, init
+from fzero.torch_names import missing
 
 
 class Model:
@@ -67,6 +68,8 @@ class Model:
         tensor([0.5000, 0.0000], grad_fn=<_NodeBackward>)
     """
 
+    config: Any  # of a wrapped module that has one
+
     def __init__(
         self,
         apply: Callable[..., Any],
@@ -92,6 +95,14 @@ class Model:
         self._update = jit(apply_gradients, donate=(0, 1), lower="graph") if donate else apply_gradients
         self._halves = split_vjp(self._run, has_aux=True) if traced else None
         self._calls = 0  # since the last step, in training
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank, where inputs are to be."""
+        return self.state.mesh.device
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing(name, [name for name in (*vars(self), *dir(type(self))) if not name.startswith("_")])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function on this rank's inputs.
@@ -241,7 +252,8 @@ def wrap(
         **options: `mesh`, `layout`, `policy` and `seed` of `fz.init`.
 
     Returns:
-        A model in training mode. Its buffers, such as the statistics of batch norm, are each rank's own.
+        A model in training mode. `model.config` is that of the module, where it has one. Its buffers,
+        such as the statistics of batch norm, are each rank's own.
 
     Example:
         >>> from fzero.mesh import make_mesh
@@ -251,11 +263,21 @@ def wrap(
         >>> bool(model.step()["finite"])
         True
     """
-    apply, _, buffers = functional(_in_training(module), buffers=True)
+    configs: list[Any] = []
+
+    def seen(made: nn.Module) -> nn.Module:
+        configs.append(getattr(made, "config", None))
+        return made
+
+    whole = seen(module) if isinstance(module, nn.Module) else lambda: seen(module())
+    apply, _, buffers = functional(_in_training(whole), buffers=True)
     state = init(module, optimizer, **options)
     buffers = tree.map(lambda buffer: buffer.to(state.mesh.device, copy=True), buffers)
     choices = {"cast_inputs": cast_inputs, "donate": donate, "traced": traced}
-    return Model(apply, state, evaluation=apply.eval, buffers=buffers, **choices)
+    model = Model(apply, state, evaluation=apply.eval, buffers=buffers, **choices)
+    if configs[0] is not None:
+        model.config = configs[0]
+    return model
 
 
 class _Static:
