@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import display, tree
+from fzero import display, shown, tree
 from fzero._torch import FakeTensor, torch_pytree
 from fzero.arguments import named
 from fzero.chosen import chosen, pruned
@@ -71,6 +71,12 @@ class Layout:
 
     def split_of(self, path: str) -> P:
         return next((spec for pattern, spec in self.split if fnmatch.fnmatchcase(path, pattern)), P())
+
+    def __repr__(self) -> str:
+        axes = {"axis": self.axis} if self.axis != ("data",) else {}
+        axes |= {"replicate": self.replicate} if self.replicate else {}
+        named = {name: names[0] if len(names) == 1 else names for name, names in axes.items()}
+        return shown.call("zero", self.stage, **named, **({"split": dict(self.split)} if self.split else {}))
 
 
 @named("fz.zero")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fzero import shown
 from fzero._torch import gloo_threads, one_gloo_thread, release_groups, set_group_deadline
 from fzero.axis import Axis
 from fzero.errors import MeshError
@@ -87,6 +88,11 @@ class Mesh:
         if self.processes is None:
             return f"simulated:{axis}"
         return self.processes.get_group(axis).group_name
+
+    def __repr__(self) -> str:
+        return shown.call(
+            "make_mesh", str(self.device), **dict(self.axes), **({"simulate": True} if self.simulated else {})
+        )
 
     def __reduce__(self) -> Any:
         # Process groups do not travel: another process stands for itself in a mesh of the same axes.

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from fzero import products
+from fzero import products, shown
 from fzero.errors import PolicyError
 from fzero.nearest import nearest
 from fzero.scaling import LossScale
@@ -65,6 +65,10 @@ class Policy:
     autocast: torch.dtype | None = None
     exempt: tuple[str, ...] = ()
     wire: torch.dtype | None = None
+
+    def __repr__(self) -> str:
+        calls = [_by_name(self, name, base) for name, base in _POLICIES.items()]
+        return min((found for found in calls if found is not None), key=len, default=shown.made("Policy", self))
 
     def __post_init__(self) -> None:
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in self.exempt):
@@ -176,6 +180,21 @@ class Policy:
                 f"fz.Policy: loss_scale={scale!r} has nothing to protect: gradients are computed in "
                 f"{_name(self.compute)}, whose range is that of fp32. Use loss_scale=None, or compute=torch.float16."
             )
+
+
+def _by_name(policy: Policy, name: str, base: Policy) -> str | None:
+    """Return the call of `fz.policy` that makes a policy of a named one; `None` where its keywords cannot."""
+    keywords = ("compute", "wire", "autocast", "exempt")
+    if any(
+        getattr(policy, f.name) != getattr(base, f.name) for f in dataclasses.fields(Policy) if f.name not in keywords
+    ):
+        return None
+    if policy.wire != base.wire and policy.wire != (None if policy.compute == base.sent else base.sent):
+        return None
+    if policy.compute != base.compute and policy.sent != base.sent:
+        return None
+    differ = {key: getattr(policy, key) for key in keywords if key != "wire"}
+    return shown.call("policy", name, **{key: x for key, x in differ.items() if x != getattr(base, key)})
 
 
 @cache

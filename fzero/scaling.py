@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fzero import shown
 from fzero.errors import PolicyError
 
 
@@ -45,6 +46,9 @@ class LossScale:
     interval: int = 2000
     hysteresis: int = 1
     smallest: float = 1.0
+
+    def __repr__(self) -> str:
+        return shown.made("LossScale", self)
 
     def __post_init__(self) -> None:
         for name in ("initial", "growth", "backoff", "interval", "hysteresis", "smallest"):

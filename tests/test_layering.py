@@ -18,6 +18,7 @@ ORDER = [
     "tree",
     "arguments",
     "chosen",
+    "shown",
     "padding",
     "operators",
     "marks",
@@ -70,6 +71,7 @@ ORDER = [
     "state",
     "ema",
     "visualize",
+    "torch_names",
     "torch_api",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}

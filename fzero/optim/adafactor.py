@@ -50,7 +50,7 @@ class AdafactorState(NamedTuple):
     squares: Sharded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adafactor(Optimizer):
     """See `adafactor`."""
 

@@ -22,7 +22,7 @@ class AdamState(NamedTuple):
     v: Moment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdamW(Elementwise):
     """See `adamw`."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import tree
+from fzero import shown, tree
 from fzero.errors import ShapeError, TreeError
 from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
@@ -41,6 +41,9 @@ Mask = Callable[[str], bool]
 
 class Optimizer(ABC):
     """A pure `(init, update)` pair. Instances are frozen dataclasses: static data, equal by value."""
+
+    def __repr__(self) -> str:
+        return shown.made(type(self).__name__.lower(), self)
 
     def init(self, params: Any) -> Any:
         """Return the optimizer's state for `params`: a `Sharded`, or a tree of tensors."""
@@ -311,6 +314,10 @@ class ByPath:
 
     what: str
     values: tuple[tuple[str, Any], ...]
+
+    def __repr__(self) -> str:
+        # Of many leaves the whole would be pages.
+        return shown.text(tree.nest(dict(self.values))) if len(self.values) <= 16 else f"<{len(self.values)} leaves>"
 
     @staticmethod
     def of(tree_: Any, what: str) -> ByPath:

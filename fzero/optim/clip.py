@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fzero import shown
 from fzero.arguments import named, number
 from fzero.layout import Sharded
 from fzero.optim.norm import Squares, measure_leaf
@@ -30,6 +31,9 @@ class ClipByGlobalNorm(NormTransform):
 
     limit: float
 
+    def __repr__(self) -> str:
+        return shown.call("clip_by_global_norm", self.limit)
+
     def update_by(self, grads: Sharded, state: Any, params: Sharded, squares: Squares) -> tuple[Sharded, Any]:
         shrink = _shrink(self.limit, squares.norm(grads.multiplier))
         return grads.replace(factor=grads.multiplier * shrink), state
@@ -40,6 +44,9 @@ class ClipByLeafNorm(GradientTransform):
     """See `clip_by_leaf_norm`."""
 
     limit: float
+
+    def __repr__(self) -> str:
+        return shown.call("clip_by_leaf_norm", self.limit)
 
     def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]:
         pieces: list[Tensor | None] = []
@@ -61,6 +68,9 @@ class ClipByLastNorm(NormTransform):
     """See `clip_by_last_norm`."""
 
     limit: float
+
+    def __repr__(self) -> str:
+        return shown.call("clip_by_last_norm", self.limit)
 
     def init(self, params: Sharded) -> LastNorm:
         device = torch.device("meta") if params.mesh.simulated else params.mesh.device

@@ -21,7 +21,7 @@ class LionState(NamedTuple):
     m: Moment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lion(Elementwise):
     """See `lion`."""
 

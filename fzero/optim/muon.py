@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fzero import shown
 from fzero.arguments import flag, named, number, rate_of, whole
 from fzero.kernels.muon import momentum, orthogonalize
 from fzero.kernels.storage import grouped
@@ -62,7 +63,7 @@ class MuonState(NamedTuple):
     others: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Muon(Optimizer):
     """See `muon`."""
 
@@ -75,6 +76,9 @@ class Muon(Optimizer):
     steps: int = 5
     matrix: Mask | None = None
     shares_rate: bool = True
+
+    def __repr__(self) -> str:
+        return shown.made("muon", self, leave_out=("shares_rate", "others") if self.shares_rate else ("shares_rate",))
 
     def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> MuonState:
         matrices, rest = self._groups(params)

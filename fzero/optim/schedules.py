@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fzero import shown
 from fzero.arguments import named, rate_of, whole
 
 
@@ -26,6 +27,9 @@ class constant:  # noqa: N801 - used as a function
     """
 
     value: float
+
+    def __repr__(self) -> str:
+        return shown.made("constant", self, positional=True)
 
     def __post_init__(self) -> None:
         rate_of("fz.schedules.constant", self.value, name="value")
@@ -47,6 +51,9 @@ class linear:  # noqa: N801
     start: float
     end: float
     steps: int
+
+    def __repr__(self) -> str:
+        return shown.made("linear", self, positional=True)
 
     def __post_init__(self) -> None:
         rate_of("fz.schedules.linear", self.start, name="start")
@@ -73,6 +80,9 @@ class warmup_cosine:  # noqa: N801
     warmup: int
     total: int
     floor: float = 0.0
+
+    def __repr__(self) -> str:
+        return shown.made("warmup_cosine", self, positional=True)
 
     def __post_init__(self) -> None:
         _check_run("fz.schedules.warmup_cosine", self.peak, self.floor, self.total, warmup=self.warmup)
@@ -101,6 +111,9 @@ class wsd:  # noqa: N801
     decay: int
     total: int
     floor: float = 0.0
+
+    def __repr__(self) -> str:
+        return shown.made("wsd", self, positional=True)
 
     def __post_init__(self) -> None:
         _check_run("fz.schedules.wsd", self.peak, self.floor, self.total, warmup=self.warmup, decay=self.decay)

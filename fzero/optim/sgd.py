@@ -25,7 +25,7 @@ class PlainSGDState(NamedTuple):
     """Nothing: without momentum there is no state."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SGD(Elementwise):
     """See `sgd`."""
 

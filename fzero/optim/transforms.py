@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fzero import tree
+from fzero import shown, tree
 from fzero.arguments import named
 from fzero.layout import Sharded
 from fzero.nearest import nearest
@@ -44,6 +44,9 @@ class Chain(Optimizer):
 
     transforms: tuple[GradientTransform, ...]
     optimizer: Optimizer
+
+    def __repr__(self) -> str:
+        return shown.call("chain", *self.transforms, self.optimizer)
 
     def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
         return (*(t.init(params) for t in self.transforms), self.optimizer.init_sharded(params, remainder))
@@ -123,6 +126,9 @@ class PartitionBy(Optimizer):
 
     labels: Callable[[str], str]
     optimizers: tuple[tuple[str, Optimizer | None], ...]
+
+    def __repr__(self) -> str:
+        return shown.call("partition_by", self.labels, dict(self.optimizers))
 
     def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> dict[str, Any]:
         groups = self._groups(params.paths)

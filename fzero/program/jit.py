@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fzero import tree
+from fzero import shown, tree
 from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
 from fzero.errors import MeshError, TraceError
 from fzero.peers import together
@@ -53,6 +53,14 @@ class Jitted:
     def programs(self) -> tuple[Program, ...]:
         """The programs that are kept, in the order in which they were made: for a signature, or all of its sizes."""
         return self._kept.programs()
+
+    def __repr__(self) -> str:
+        usual = Options()
+        given = {name: x for name in Options.names() if (x := getattr(self.options, name)) != getattr(usual, name)}
+        donated = {"donate": self.donate} if self.donate else {}
+        count = len(self.programs)
+        made = f"jit({', '.join([self.name, *(f'{k}={shown.text(x)}' for k, x in (donated | given).items())])})"
+        return f"{made}: {count or 'no'} program{'' if count == 1 else 's'}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if under_dynamo():
