@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_call_that_fails_is_not_a_match() -> None:
 
 def test_lines_of_a_program_are_spelled_the_quick_way() -> None:
     source, scope = python_source(graph_of(lambda x: [torch.topk(x.view(2, 3), 2)[0]], [A]))
-    assert "(x, 2, 3)" in source.replace("x_1", "x").replace("arg0", "x") and "[0]\n" in source
+    assert re.search(r"\(\w+, 2, 3\)", source) and "[0]\n" in source
     assert scope["aten_view_default"] is not torch.ops.aten.view.default
 
 

@@ -100,8 +100,16 @@ def eager(state: fz.State, batch: tuple[Tensor, Tensor]) -> tuple[fz.State, dict
     return state, {"loss": loss, **info}
 
 
-def at_stages(name: str, variants: Sequence[str], stages: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    return {variant: [trained(name, variant, stage) for stage in stages] for variant in variants}
+def at_stages(name: str, variants: dict[str, Sequence[int]]) -> dict[str, list[dict[str, Any]]]:
+    return {variant: [trained(name, variant, stage) for stage in stages] for variant, stages in variants.items()}
+
+
+# By the size of a world.
+VARIANTS: dict[int, dict[str, Sequence[int]]] = {
+    1: {"norms exempt": (3,)},
+    2: {"plain": (0, 1, 3), "autocast": (3,), "in fp32": (1,)},
+    4: {"plain": (3,)},
+}
 
 
 QUICK = {(name, 2) for name in POLICIES} | {
@@ -123,10 +131,8 @@ QUICK = {(name, 2) for name in POLICIES} | {
 )
 def test_every_policy_trains_as_plain_pytorch_at_every_stage(name: str, size: int) -> None:
     expected = in_float64()
-    variants = ("plain", "autocast", "in fp32") if size == 2 else ("norms exempt",) if size == 1 else ("plain",)
-    stages = (0, 1, 3) if size == 2 else (3,)
-    ranks = world.run(at_stages, name, variants, stages, size=size)
-    for variant in variants:
+    ranks = world.run(at_stages, name, VARIANTS[size], size=size)
+    for variant, stages in VARIANTS[size].items():
         first = ranks[0][variant][0]
         losses = torch.tensor([rank[variant][0]["losses"] for rank in ranks]).mean(0).tolist()
         low = [dtype for dtype in (fz.policy(name).compute, policies(name)[variant].autocast) if dtype is not None]
@@ -148,8 +154,17 @@ def test_traced_and_eager_steps_give_the_same_bits_where_leaves_are_cast_once_ga
         assert_same_bits(traced, untraced)
 
 
-@pytest.mark.parametrize("variant", ["plain", "autocast", "in fp32"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *((name, "plain") for name in POLICIES),
+        ("bf16", "autocast"),
+        ("fp16-mixed", "autocast"),
+        ("mixed", "in fp32"),
+        ("fp16", "in fp32"),
+        ("bf16-8bit", "in fp32"),
+    ],
+)
 def test_traced_and_eager_steps_give_the_same_bits(name: str, variant: str) -> None:
     traced, untraced = trained(name, variant, 3, jitted=True), trained(name, variant, 3)
     assert traced.pop("losses") == untraced.pop("losses")
