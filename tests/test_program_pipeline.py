@@ -132,7 +132,7 @@ def test_options_do_change_the_program() -> None:
     assert text(all_on) != text(plain)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_passes_are_pure_and_deterministic(microbatches: int) -> None:
     state, step = training(simulated(2), 3, clip=True, microbatches=microbatches, dropout=0.1)
     trace = raw(step, state, tokens())
