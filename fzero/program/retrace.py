@@ -184,7 +184,7 @@ def static_fields(signature: Signature) -> dict[str, Any]:
         if data is not None and type_ not in _PLAIN and not isinstance(data, type):
             names = [f.name for f in dataclasses.fields(type_)] if dataclasses.is_dataclass(type_) else []
             names = [name for name in names if name not in entries]
-            values = (data,) if len(names) == 1 else data
+            values = (data,) if len(names) == 1 and not _fits(names, data) else data
             own = dict(zip(names, values, strict=True)) if _fits(names, values) else {"": data}
         where = signature.named(".".join(path))
         for name, value in own.items():
