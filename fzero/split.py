@@ -97,9 +97,10 @@ class _Split:
 
     def open(self, primals: tuple[Any, ...]) -> tuple[Signature, list[Tensor]]:
         """Return what a forward is known by, and its tensors."""
-        opened = Opened.of(primals, range(len(primals)))
-        opened.check_not_donated()
-        arguments = opened.arguments()
+        with traced_for(simulated_on(primals)):  # a state's key is made on its device
+            opened = Opened.of(primals, range(len(primals)))
+            opened.check_not_donated()
+            arguments = opened.arguments()
         tensors, _, hollow = tree.split((arguments, {}))
         _check_plain(tensors)
         signature = Signature(hollow, tensors, frozenset(), f"fz.split_vjp: {self.name}")

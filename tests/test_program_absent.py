@@ -70,6 +70,22 @@ def test_autocast_is_that_of_the_function() -> None:
     assert products and all(node.meta["val"].dtype == torch.bfloat16 for node in products)
 
 
+def test_what_a_forward_would_save_is_listed() -> None:
+    listings = []
+    for device in ("cuda", "cpu"):
+        state = fz.init(model, fz.adamw(1e-3), fz.make_mesh(device, data=8, simulate=True), policy="bf16")
+        batch = (
+            torch.empty(8, 64, dtype=torch.bfloat16, device="meta"),
+            torch.empty(8, dtype=torch.int64, device="meta"),
+        )
+        listings.append([(saved.source, saved.nbytes) for saved in fz.residuals(loss)(state, batch)])
+        forward, _ = fz.split_vjp(loss)
+        assert fz.trace(lambda state, batch: forward(state, batch)[0])(state, batch).flops() > 0  # noqa: B023
+        with pytest.raises(fz.MeshError, match="got a state of a simulated mesh"):
+            forward(state, batch)
+    assert listings[0] == listings[1] != []
+
+
 def test_a_llama_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
