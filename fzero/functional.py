@@ -231,6 +231,13 @@ def _check_not_lazy(module: nn.Module) -> None:
             )
 
 
+class _After:
+    """What a module holds after a call. No output of the call, for hooks of all modules, as counters have, to see."""
+
+    buffers: dict[str, Tensor]
+    params: dict[str, Tensor]
+
+
 class _Call(nn.Module):
     """Calls a module and reads its buffers back while they are still in place."""
 
@@ -240,17 +247,18 @@ class _Call(nn.Module):
         self.method = method
         self.shortcuts = Shortcuts.of(module)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, held: _After, /, *args: Any, **kwargs: Any) -> Any:
         called = operator.attrgetter(self.method)(self.module) if self.method else self.module
         out = called(*args, **kwargs)
-        return out, dict(self.module.named_buffers()), dict(self.module.named_parameters())
+        held.buffers, held.params = dict(self.module.named_buffers()), dict(self.module.named_parameters())
+        return out
 
 
 def _run(
     call: _Call, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Tensor]]:
     tensors = {f"module.{name}": t for name, t in (*params.items(), *buffers.items())}
-    module = call.module
+    module, held = call.module, _After()
     memory = {name: storage_id(unwrapped(p)) for name, p in params.items()}
     with (
         explaining("fz.functional", module),
@@ -258,19 +266,19 @@ def _run(
         blocks_marked(module),
         read_only(params.items()),
     ):
-        out, after, after_params = torch.func.functional_call(call, tensors, args, kwargs)
-    replaced = [name for name in memory if after_params.get(name) is not params[name]]
+        out = torch.func.functional_call(call, tensors, (held, *args), kwargs)
+    replaced = [name for name in memory if held.params.get(name) is not params[name]]
     replaced += [
         name for name in memory if name not in replaced and storage_id(unwrapped(params[name])) != memory[name]
     ]
-    replaced += [name for name in after_params if name not in memory]
+    replaced += [name for name in held.params if name not in memory]
     if replaced:
         raise ParameterWriteError(
             f"fz.functional: the module put other tensors in the place of its parameters {', '.join(replaced)} while "
             f"it ran, which would be lost. A function reads parameters, and an update alone changes them: compute what "
             f"you need from them without assigning it."
         )
-    return out, after
+    return out, held.buffers
 
 
 def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
