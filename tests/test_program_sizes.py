@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,7 @@ def test_an_unknown_choice_is_refused() -> None:
         lambda x, w, b: F.pad(x, (1, 2), value=3.0),
         lambda x, w, b: F.pad(x, (0, -1, 2, 0)),
         lambda x, w, b: F.pad(x, (1, 1), mode="reflect"),
+        lambda x, w, b: torch.baddbmm(b, x, w.expand(x.shape[0], -1, -1)),
         lambda x, w, b: F.layer_norm(x, (4,), w[0], b[:4]),
         lambda x, w, b: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True),
     ],
@@ -198,3 +200,68 @@ def test_training_has_equal_bits(policy: str, stage: int, options: dict[str, Any
 @pytest.mark.parametrize(("policy", "stage", "options"), CASES)
 def test_training_on_two_ranks_has_equal_bits(policy: str, stage: int, options: dict[str, Any]) -> None:
     assert world.run(trained, policy, stage, options, size=2, deadline=240) == [(2, True)] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}])
+def test_reports_take_sizes(options: dict[str, Any]) -> None:
+    state = fz.init(Small, fz.adamw(1e-2), fz.make_mesh(), policy="fp32")
+    opened, fixed = (fz.train_step(loss_of, has_aux=True, sizes=sizes, **options) for sizes in ("any", "fixed"))
+    for n, length in ((4, 6), (8, 9)):
+        state, _ = opened(state, batch_of(n, length))
+    program = opened.programs[-1].at({"1.tokens": (12, 16), "1.labels": (12, 16)})
+    same = fz.trace(fixed)(state, batch_of(12, 16))
+    assert program.flops() == same.flops() > opened.programs[-1].flops()
+    assert program.traffic() == same.traffic()
+    assert program.memory().at_rest == same.memory().at_rest
+    assert program.memory().peak == same.memory().peak > opened.programs[-1].memory().peak
+    assert "i64[12, 16]" in program.text()
+    with pytest.raises(ValueError, match=r"no input '1\.token'\. Did you mean '1.tokens'"):
+        program.at({"1.token": (12, 16)})
+    with pytest.raises(ValueError, match=r"open: 1\.labels\.shape\[0\], 1\.labels\.shape\[1\]"):
+        program.at({"1.tokens": (12, 17)})
+    with pytest.raises(ValueError, match="leaves open: none"):
+        same.at({"1.tokens": (12, 17)})
+
+
+class Named(nn.Module):
+    """What models commonly do with sizes, one kind by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.lin = kind, nn.Linear(8, 8)
+        self.token, self.positions = nn.Parameter(torch.ones(1, 1, 8)), nn.Parameter(torch.eye(16, 8))
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True) if kind == "attention" else None
+        self.conv = nn.Conv1d(8, 8, 3, padding=1) if kind == "convolution" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        y: Tensor = self.lin(x)
+        places = torch.arange(length)
+        match self.kind:
+            case "class token":
+                return torch.cat([self.token.expand(n, -1, -1), y + self.positions[:length]], 1)
+            case "positions and a mask":
+                mask = torch.ones(length, length, dtype=torch.bool).tril()
+                scores = y @ (y + self.positions[places]).transpose(1, 2)
+                return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            case "attention":
+                assert self.attend is not None
+                return self.attend(y, y, y, need_weights=False)[0]
+            case "convolution":
+                assert self.conv is not None
+                return F.max_pool2d(self.conv(y.transpose(1, 2)), 2)
+            case "losses":
+                return F.cross_entropy(y.flatten(0, 1), x.argmax(-1).flatten(), reduction="none") / y[..., 0].numel()
+            case _:
+                heads = einops.rearrange(y, "b n (h d) -> (b h) n d", h=2)
+                return einops.rearrange(heads, "(b h) n d -> b n (h d)", h=2) + self.token.repeat(n, length, 1)
+
+
+KINDS = ["class token", "positions and a mask", "attention", "convolution", "losses", "einops"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_models_commonly_do_keeps_sizes_open(kind: str) -> None:
+    apply, params = fz.functional(Named(kind))
+    step = fz.value_and_grad(lambda params, x: apply(params, x).square().mean())
+    check_equal(step, [(params, rows(*s, 8)) for s in ((4, 6), (6, 8), (3, 4))])

@@ -22,7 +22,7 @@ class sizes_left_open(TorchFunctionMode):  # noqa: N801 - used as a context mana
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         form = _FORMS.get(func)
-        if form is not None and args and isinstance(args[0], Tensor) and _is_open(args[0]):
+        if form is not None and any(isinstance(x, Tensor) and _is_open(x) for x in args[:3]):
             found = form(*args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -68,9 +68,17 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return x * torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
 
 
+def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """`torch.baddbmm`, with what is added as large as the products."""
+    whole = x.expand(batch1.shape[0], batch1.shape[1], batch2.shape[2])
+    return torch.baddbmm(whole, batch1, batch2, beta=beta, alpha=alpha)
+
+
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.pad: _pad,
     F.dropout: _dropout,
     torch.dropout: _dropout,
+    torch.baddbmm: _baddbmm,
+    torch.Tensor.baddbmm: _baddbmm,
 }

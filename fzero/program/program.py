@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,17 +76,56 @@ class Program:
         """Whether it serves these shapes, and leaves these dimensions open."""
         return self.serves(shapes) and self.trace.sizes is not None and set(dims) <= set(self.trace.sizes.dims)
 
+    def at(self, shapes: Mapping[str, Sequence[int]]) -> Program:
+        """Return a program that leaves sizes open as it is for other sizes: what it prints and reports are theirs.
+
+        Args:
+            shapes: path of an input, as `print` shows it, to its shape. The others stay as they are.
+
+        Raises:
+            ValueError: there is no such input, or the program is not for inputs of these shapes.
+        """
+        nodes = self.trace.module.graph.find_nodes(op="placeholder")
+        known = {path: tuple(node.meta["val"].shape) for path, node in zip(self.trace.inputs, nodes, strict=True)}
+        for path in shapes:
+            if path not in known:
+                near = difflib.get_close_matches(path, known, 1)
+                hint = f"Did you mean {near[0]!r}?" if near else "program.print() lists them."
+                raise ValueError(f"program.at: {self.name} has no input {path!r}. {hint}")
+        asked = [tuple(shapes.get(path, shape)) for path, shape in known.items()]
+        if asked != list(known.values()) and not self._is_for(asked, list(known.values())):
+            sizes = self.trace.sizes
+            opened = "none" if sizes is None else ", ".join(f"{self.trace.inputs[i]}.shape[{d}]" for i, d in sizes.dims)
+            conditions = "" if sizes is None else "".join(f"\n  {text}" for text in sizes.conditions)
+            raise ValueError(
+                f"program.at: {self.name} is not for {', '.join(f'{p}: {tuple(s)}' for p, s in shapes.items())}. Sizes "
+                f"that it leaves open: {opened}, from 2 on{', and' + conditions if conditions else ''}. Look at the "
+                f"program for these arguments instead: fz.trace."
+            )
+        return dataclasses.replace(self, trace=at_shapes(self.trace, asked), stages=())
+
+    def _is_for(self, asked: Shapes, known: Shapes) -> bool:
+        sizes = self.trace.sizes
+        if sizes is None or [len(a) for a in asked] != [len(k) for k in known]:
+            return False
+        rows = enumerate(zip(asked, known, strict=True))
+        changed = {(i, d) for i, (a, k) in rows for d in range(len(a)) if a[d] != k[d]}
+        return changed <= set(sizes.dims) and sizes.serve(asked)
+
     def text(self) -> str:
         """Return the program as readable code, each operation with its shape and the line that it comes from."""
         return text_of(self.trace, self.name)
 
     def print(self) -> None:
         """Print the program as readable code, with what it costs and what each pass bought."""
-        print(f"{self.text()}\n\n{stage_table(self.stages)}")
+        print("\n\n".join([self.text(), *self._stage_table()]))
 
     def report(self) -> str:
         """Return what the program costs and what each pass bought, as text."""
-        return f"{costs(self.memory(), self.traffic(), self.flops())}\n\n{stage_table(self.stages)}"
+        return "\n\n".join([costs(self.memory(), self.traffic(), self.flops()), *self._stage_table()])
+
+    def _stage_table(self) -> list[str]:
+        return [stage_table(self.stages)] if self.stages else []
 
     def memory(self) -> Memory:
         """Return the bytes that a rank holds: at rest, at the peak, and by kind over the schedule."""
