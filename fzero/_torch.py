@@ -26,8 +26,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -45,6 +52,12 @@ below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 # Inside this context no dispatch mode is active: operators run for real, neither faked nor traced.
 modes_off = _disable_current_modes
+
+# The key of the dispatcher under which an operator arrives first while a transform of torch.func runs.
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+
+# Inside this context no transform of torch.func is active.
+transforms_off = torch._C._DisableFuncTorch
 
 # Inside this context no torch-function mode is active.
 function_modes_off = torch._C.DisableTorchFunction
@@ -179,6 +192,23 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return flags.get("avx512_fp16", False) or torch.cpu._is_amx_fp16_supported()
 
 
+def group_of(process_group: Any) -> tuple[str, int]:
+    """Return the name of a process group, as operators are given it, and the number of its ranks."""
+    group = torch.distributed.ProcessGroup.unbox(process_group)
+    return group.group_name, group.size()
+
+
+def reduction_of(reduce_op: Any) -> str:
+    """Return the name of a reduction, as operators are given it, in the words of functional collectives."""
+    name: str = torch.distributed.ReduceOp.RedOpType(int(reduce_op.op())).name
+    return name.lower()
+
+
+def finished_work() -> Any:
+    """Return a collective that has ended, to be waited for."""
+    return torch._C._distributed_c10d.FakeWork().boxed()
+
+
 def default_store() -> Any:
     """Return the store through which the processes of the default group found each other."""
     return torch.distributed.distributed_c10d._get_default_store()
@@ -294,6 +324,36 @@ def is_connected(x: torch.Tensor) -> bool:
     return bool(here and x.requires_grad)
 
 
+def below_transforms(x: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor below the wrappers of transforms, none of which is vmap."""
+    while is_functorch_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Return whether vmap batches a tensor, at any level."""
+    while is_functorch_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Return whether a transform that runs differentiates `x`, backward or forward, at any level."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or []
+    forward = any(interpreter.key() == functorch.TransformType.Jvp for interpreter in stack)
+    x = unwrap_if_dead(x)
+    while is_functorch_wrapped(x):
+        here = functorch.is_gradtrackingtensor(x)
+        if here and (x.requires_grad or (forward and forward_ad.unpack_dual(x, level=0).tangent is not None)):
+            return True
+        x = unwrap_if_dead(functorch.get_unwrapped(x))
+    return False
+
+
 def is_transformed_now() -> bool:
     """Return whether a `torch.func` transform is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -327,6 +387,13 @@ def traced_node(x: torch.Tensor) -> torch.fx.Node | None:
     tracer: Any = mode.tracer
     proxy = tracer.unwrap_proxy(x)
     return proxy.node if isinstance(proxy, torch.fx.Proxy) else None
+
+
+def is_constant(x: torch.Tensor) -> bool:
+    """Return whether a trace takes a plain tensor for a constant, and runs operators of it for real while it traces."""
+    mode = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(x, mode.tracer, None)
+    return slot is not None and slot.constant is not None
 
 
 def source_name(x: torch.Tensor) -> str | None:
@@ -410,11 +477,13 @@ def standalone_compile_static(
 
 
 __all__ = [
+    "TRANSFORMS",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
     "below_autograd",
+    "below_transforms",
     "bindings",
     "c10d",
     "count_flops_of",
@@ -425,15 +494,20 @@ __all__ = [
     "disable_proxy_modes_tracing",
     "dispatch_modes",
     "distributions_unchecked",
+    "finished_work",
     "flop_formulas",
     "function_modes_off",
     "functorch_level",
     "get_proxy_mode",
     "gloo_threads",
     "group_deadline",
+    "group_of",
     "holders_of",
     "hooks_on_gradients",
+    "is_batched",
     "is_connected",
+    "is_constant",
+    "is_differentiated",
     "is_functorch_wrapped",
     "is_transformed_now",
     "make_fx",
@@ -443,6 +517,7 @@ __all__ = [
     "python_of",
     "readable",
     "record_call",
+    "reduction_of",
     "release_groups",
     "set_group_deadline",
     "sizes_env",
@@ -455,6 +530,7 @@ __all__ = [
     "traced_node",
     "track_tensor_tree",
     "transforms_nest",
+    "transforms_off",
     "trunc_normal_replaced",
     "under_dynamo",
     "unwrap_if_dead",

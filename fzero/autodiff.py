@@ -28,6 +28,7 @@ from fzero.errors import CotangentError, GradientError
 from fzero.inner import constants_refused
 from fzero.layout import held
 from fzero.marks import mark, mark_line
+from fzero.module_errors import explaining
 from fzero.peers import collective
 from fzero.primal import Opened, Reduce, is_float
 from fzero.wide_sums import Summing, summing
@@ -79,7 +80,8 @@ def vjp(
     Raises:
         CotangentError: from the pullback, for a cotangent that does not match the output.
         DonatedError: from the pullback, once the memory of a primal was donated.
-        GradientError: a primal is a `State` or a `Sharded`, and nothing that `f` returns depends on any primal.
+        GradientError: a primal is a `State` or a `Sharded`, and nothing that `f` returns depends on any primal; or `f`
+            gives what is differentiated to a collective of `torch.distributed`.
         ParameterWriteError: `f` writes to a leaf of a `State` or a `Sharded`.
         ModuleError: `f` takes a gradient by `torch.autograd` that would count as a constant.
         TypeError: `f` returns no floating-point tensor.
@@ -119,7 +121,8 @@ def _vjp(
         filled = list(leaves)
         for i, leaf in zip(where, chosen, strict=True):
             filled[i] = leaf
-        with opened.context(leaves, differentiated=bool(where)) as mode, constants_refused():
+        context = opened.context(leaves, differentiated=bool(where))
+        with context as mode, constants_refused(), explaining("fz.vjp"):
             result = f(*opened.close(filled))
         structure["sums"] = mode is not None and mode.low
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):

@@ -40,7 +40,7 @@ class CotangentError(FzeroError, ValueError):
 
 
 class GradientError(FzeroError, ValueError):
-    """A function whose result does not depend on what it is differentiated by."""
+    """A gradient that is lost: nothing depends on what is differentiated, or a collective without one is between."""
 
 
 class ResidualsError(FzeroError, ValueError):

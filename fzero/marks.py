@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -36,8 +37,10 @@ _TORCH = torch.__path__[0] + "/"
 _TRACER = _OWN + "program/trace.py"
 # Where einops lies, which a function may use.
 _EINOPS = str(importlib.util.find_spec("einops").origin).rpartition("/")[0] + "/"  # type: ignore[union-attr]
+# Decorators that stand between a call and its body: contexts, and names that torch deprecates.
+DECORATORS = (contextlib.__file__, warnings.__file__, str(importlib.util.find_spec("typing_extensions").origin))  # type: ignore[union-attr]
 # Frames between an operation and the line that the user wrote.
-_SKIPPED = (_TORCH, _OWN, _EINOPS, contextlib.__file__, "<")
+_SKIPPED = (_TORCH, _OWN, _EINOPS, *DECORATORS, "<")
 
 
 @contextlib.contextmanager

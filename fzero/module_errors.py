@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fzero.errors import FzeroError, ModuleError
+from fzero.marks import DECORATORS
 
 _CHECKPOINT = (
     "torch.utils.checkpoint, and other saved-tensor hooks, cannot be part of a function that is differentiated. Turn "
@@ -28,6 +29,10 @@ _SPARSE = (
     "Gradients are dense here: leave out sparse=True of the embedding, module.sparse = False before fz.functional."
 )
 _COMPILED = "Give fz.functional the module as it is, without torch.compile: fz.jit compiles the whole step."
+COLLECTIVES = (
+    "Inside of a function that is differentiated use the collectives of a mesh, which have gradients: "
+    'mesh["data"].gather(x), .sum(x) and .scatter(x) of mesh = fz.make_mesh(); outside, fz.average and fz.gather'
+)
 # What torch says where a function does something that it cannot differentiate or trace, and what to do instead.
 _WAYS_OUT = {
     "saved tensor hooks": _CHECKPOINT,
@@ -62,7 +67,7 @@ _NORM = (
     'fz.policy(name, exempt=["*bn*"]) with a pattern that fits their paths.'
 )
 _OWN = (torch.__path__[0] + "/", __file__.rpartition("/")[0] + "/")
-_STANDARD = contextlib.__file__  # the decorators of contexts, which stand between a call and its body
+_DISTRIBUTED = torch.__path__[0] + "/distributed/"
 
 
 @contextlib.contextmanager
@@ -100,14 +105,13 @@ def module_of(error: BaseException) -> str:
 
 def line_of_user(error: BaseException) -> str:
     """Return the innermost line that is neither torch's nor fzero's: of the traceback, or of what runs now."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OWN, *DECORATORS))]
     return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else line_here()
 
 
 def line_here() -> str:
     """Return the innermost line that runs now and is neither torch's nor fzero's."""
-    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(_OWN)]
-    frames = [f for f in frames if not f.filename.startswith(_STANDARD)]
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith((*_OWN, *DECORATORS))]
     return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else "  (no line of yours)"
 
 
@@ -120,6 +124,8 @@ def _advice(error: BaseException, running: nn.Module | None) -> str | None:
         return _NORM
     found = next((way for words, way in _WAYS_OUT.items() if words in text), None)
     frames = traceback.extract_tb(error.__traceback__)
+    if found and any(f.filename.startswith(_DISTRIBUTED) for f in frames):
+        return COLLECTIVES + "."
     # A checkpoint of the old kind is an autograd.Function of the old style, and fails as one.
     return _CHECKPOINT if found and any(f.filename.endswith("/utils/checkpoint.py") for f in frames) else found
 

@@ -47,6 +47,7 @@ ORDER = [
     "looks",
     "surroundings",
     "module_errors",
+    "foreign",
     "writes",
     "functional",
     "labels",

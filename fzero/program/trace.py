@@ -27,6 +27,7 @@ from fzero._torch import (
     make_fx,
 )
 from fzero.errors import RandomOpError, TraceError
+from fzero.foreign import collectives_replaced
 from fzero.keyed import current_draw
 from fzero.known import answering
 from fzero.looks import without_looks
@@ -130,7 +131,7 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in examples]
 
     def without_values(*tensors: Tensor) -> Sequence[Tensor]:
-        with answering(), without_looks(), distributions_unchecked():
+        with answering(), without_looks(), distributions_unchecked(), collectives_replaced():
             return f(*tensors)
 
     try:

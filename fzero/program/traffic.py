@@ -19,7 +19,7 @@ from fzero.program.trace import Trace
 from fzero.program.walk import calls, vals
 from fzero.program.wire import GATHERS, ISSUES, WAIT
 
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "broadcast")
 
 _SCATTERS = frozenset((c10d.reduce_scatter_tensor.default, c10d.reduce_scatter_tensor_coalesced.default))
 _SUM = torch.ops.fzero.sum_parts.default
@@ -96,6 +96,8 @@ def message_of(issue: fx.Node) -> Message:
         ranks = len(rest[0])
         received = value.numel() * value.element_size() * (ranks - 1) // ranks
         return Message("reduce_scatter" if _is_summed(issue) else "all_to_all", axis, ranks, received)
+    if issue.target is c10d.broadcast.default:
+        return Message("broadcast", axis, 0, sent)
     # The call does not tell its number of ranks; a ring of many receives this much, and none receives more.
     return Message("all_reduce", axis, 0, 2 * sent)
 

@@ -18,6 +18,8 @@ ISSUES = frozenset(
         c10d.reduce_scatter_tensor_coalesced,
         c10d.all_to_all_single,
         c10d.all_reduce,
+        c10d.all_reduce_coalesced,
+        c10d.broadcast,
     )
 )
 GATHERS = frozenset((c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_coalesced.default))
