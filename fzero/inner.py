@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fzero._torch import is_functorch_wrapped
 from fzero.errors import ModuleError
+from fzero.module_errors import line_here
 
 _OWN = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__path__[0] + "/"
@@ -40,7 +41,7 @@ class constants_refused(TorchFunctionMode):  # noqa: N801 - used as a context ma
         elif func in (torch.autograd.backward, Tensor.backward):
             raise ModuleError(
                 f"fz.vjp: backward() inside of a function that is differentiated would add to .grad, which no function "
-                f"returns. {_NESTED}."
+                f"returns. {_NESTED}.\n{line_here()}"
             )
         return func(*args, **kwargs)
 
@@ -50,12 +51,13 @@ def _check(inputs: Sequence[Any], *, create_graph: bool = False, **_: Any) -> No
         raise ModuleError(
             f"fz.vjp: torch.autograd.grad without create_graph=True, inside of a function that is differentiated, "
             f"returns a constant: the gradient of what is made of it would be zero. {_NESTED}, or pass "
-            f"create_graph=True; where a constant is meant, call it under torch.no_grad()."
+            f"create_graph=True; where a constant is meant, call it under torch.no_grad().\n{line_here()}"
         )
     if any(isinstance(x, Tensor) and not is_functorch_wrapped(x) for x in inputs):
         raise ModuleError(
             f"fz.vjp: torch.autograd.grad inside of a function that is differentiated was asked for the gradient of "
             f"a tensor that the function does not differentiate by. {_NESTED}, by any of their arguments."
+            f"\n{line_here()}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,7 @@ EITHER: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a checkpoint": (lambda x: checkpoint(torch.sin, x, use_reentrant=False), r"fz\.remat"),
     "an old checkpoint": (lambda x: checkpoint(torch.sin, x, use_reentrant=True), r"fz\.remat"),
     "requires_grad_": (lambda x: x.requires_grad_(), r"activation_checkpointing_disable"),
-    "backward": (lambda x: (x.sum().backward(), x)[1], r"by fz\.grad"),
+    "backward": (lambda x: (x.sum().backward(), x)[1], r"or fz\.grad, which nest"),
 }
 
 
@@ -98,9 +99,10 @@ EITHER: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("traced", [False, True])
 def test_what_cannot_be_part_of_a_function(f: Callable[[Tensor], Any], advice: str, traced: bool):
     g, params = gradient(f)
-    with pytest.raises(fz.ModuleError, match=f"{PLACE}.*{advice}") as info:
+    with pytest.raises(fz.ModuleError, match=advice) as info:
         (fz.jit(g) if traced else g)(params)
     assert __file__ in str(info.value)
+    assert re.search(PLACE, f"{info.value}\n")
 
 
 def test_compiled_parts_run_as_they_are_and_are_refused_by_a_trace():

@@ -50,7 +50,11 @@ def test_there_are_notebooks() -> None:
     assert topics <= {path.stem for path in NOTEBOOKS}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Each takes half a minute: the fast tests run one.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem != "step")) for p in NOTEBOOKS],
+)
 def test_a_notebook_runs(path: Path) -> None:
     assert "image/png" in kinds(executed(path, shorter=SHORTER.get(path.stem))), "a notebook has plots"
 

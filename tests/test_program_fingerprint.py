@@ -40,7 +40,7 @@ def fingerprints(stages: tuple[int, ...], axes: dict[str, int]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"node": 2, "data": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 4}, pytest.param({"node": 2, "data": 2}, marks=pytest.mark.slow)], ids=str)
 def test_a_program_has_one_fingerprint_on_all_ranks(axes: dict[str, int]) -> None:
     stages = (0, 1, 2, 3)
     first, *others = world.run(fingerprints, stages, axes, size=4)
