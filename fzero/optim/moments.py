@@ -53,7 +53,7 @@ def zeros(params: Sharded, *, signed: bool) -> Moment:
 
     Args:
         params: as the policy stores them.
-        signed: whether the moment may be negative; a quantized one that may not has twice the precision.
+        signed: whether the moment may be negative; a quantized one that may not spans twice the powers of two.
     """
     placement = moment_placement(params)
     device = next((x.device for x in params.pieces if x is not None), params.mesh.device)
