@@ -212,5 +212,7 @@ def moved(optimizer: Any, moment: torch.dtype, noisy: bool) -> Tensor:
 def test_no_element_moves_further_than_by_exact_moments(name: str, noisy: bool) -> None:
     optimizer = {**ADAMW_LIKE, **LINEAR}[name]
     exact, found = moved(optimizer, torch.float32, noisy), moved(optimizer, torch.int8, noisy)
-    assert (found <= exact * 1.1)[: 9 if name in ADAMW_LIKE else 4].all()
+    # Below the least signed code a linear optimizer moves few elements, each too far, and as far on average: that takes
+    # more elements than these to show.
+    assert (found <= exact * 1.1)[: 9 if name in ADAMW_LIKE else 6].all()
     assert (found >= exact * 0.9)[:4].all()
