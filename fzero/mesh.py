@@ -113,7 +113,8 @@ def make_mesh(
     Args:
         device: where tensors live. Default: this process's CUDA device where there is one, else the CPU.
         simulate: a world that does not exist: states on it are abstract, `fz.trace` works, running raises.
-        deadline: seconds that a collective on this mesh may wait for the other ranks. Default: torch's own.
+        deadline: seconds that a call, and a collective in it, may wait for the other ranks. It is that of the default
+            process group from then on. Default: torch's own.
         **axes: name and size of each axis, the last one varying fastest. Default: all processes on `data`.
 
     Returns:
@@ -159,7 +160,8 @@ def make_mesh(
                 backend_override={name: "gloo" for name in axes} if unsafe else None,
             )
         if deadline is not None:
-            for group in processes.get_all_groups():
+            # The world's own, too: as long do ranks wait for each other before a call.
+            for group in (dist.group.WORLD, *processes.get_all_groups()):
                 set_group_deadline(group, deadline)
     return Mesh(tuple(axes.items()), place, processes=processes)
 

@@ -169,7 +169,7 @@ def test_gradients_of_another_policy_are_refused():
 
 
 def test_a_tree_of_a_mask_or_of_labels_names_every_leaf():
-    with pytest.raises(fz.TreeError, match="the mask has nothing at 'w'"):
+    with pytest.raises(fz.TreeError, match="mask has nothing at 'w'"):
         opt = fz.adamw(1e-3, mask={"v": True})
         params = {"v": torch.ones(2), "w": torch.ones(2)}
         zero = torch.zeros((), dtype=torch.int32)

@@ -341,7 +341,7 @@ def test_it_goes_into_a_chain_and_into_groups() -> None:
 def test_wrong_use_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fz\.muon: matrix= chooses leaf 'bias' of shape \(7,\)"):
         state_of(muon(1e-2, matrix=lambda path: True), params=normal(0))
-    with pytest.raises(ValueError, match=r"fz\.muon: steps=0"):
+    with pytest.raises(ValueError, match=r"fz\.muon: steps: expected a whole number of at least 1, got 0"):
         muon(1e-2, steps=0)
     with pytest.raises(TypeError, match=r"fz\.muon: others must be an fz optimizer"):
         muon(1e-2, others=0.1)  # type: ignore[arg-type]
