@@ -140,7 +140,8 @@ def imports(before: Path | None = None, repeats: int = 9) -> dict[str, Any]:
     for _ in range(repeats + 1):  # the first run of each writes byte code
         for name, folder in checkouts.items():
             environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "PYTHONDONTWRITEBYTECODE": ""}
-            run = subprocess.run([sys.executable, "-c", _IMPORT], env=environment, capture_output=True, check=True)
+            command = [sys.executable, "-c", _IMPORT]  # which looks for fzero where it runs
+            run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
             rows[name].append([float(x) for x in run.stdout.split()])
     medians = {name: [statistics.median(column) for column in zip(*of[1:], strict=True)] for name, of in rows.items()}
     return {name: {"torch": torch_s, "fzero": fzero_s} for name, (torch_s, fzero_s) in medians.items()}

@@ -161,7 +161,9 @@ def make_mesh(
             )
         if deadline is not None:
             # The world's own, too: as long do ranks wait for each other before a call.
-            for group in (dist.group.WORLD, *processes.get_all_groups()):
+            everyone = dist.group.WORLD
+            assert everyone is not None, "the world has several processes"
+            for group in (everyone, *processes.get_all_groups()):
                 set_group_deadline(group, deadline)
     return Mesh(tuple(axes.items()), place, processes=processes)
 
