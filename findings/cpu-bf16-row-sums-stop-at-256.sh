@@ -3,7 +3,7 @@
 #
 # Seen with torch 2.13.0. The backward of nn.Embedding, of w[i], index_add_ and of LayerNorm's bias adds rows one by one
 # in the gradient's own dtype. bfloat16 has 8 bits of precision: 256 + 1 rounds to 256, so the sum of a thousand ones is
-# 256. index_select and scatter_add_, which compute the same numbers, do not stop there.
+# 256; LayerNorm's bias has one such sum for each thread. index_select and scatter_add_, which compute the same numbers, do not stop there.
 #
 # Why it matters: the rows of frequent tokens, the bias of a norm and a class that most targets share are trained with a
 # fraction of their gradient, in silence, and a test that compares CPU with GPU blames the GPU.
