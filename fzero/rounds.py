@@ -41,6 +41,15 @@ from fzero.errors import PeerError, ProgramMismatchError
 # Seconds between two looks of the thread, and so what a rank waits before its thread looks.
 LOOK = 0.1
 
+# Seconds in the store's own wait, which no signal interrupts; a rank that waits for longer asks by itself.
+_BLIND = 1.0
+
+# Seconds between two questions of such a rank.
+_ASK = 0.02
+
+# What a rank finds under the key that it waits for: the round is over, or it is to ask by itself.
+_WOKEN, _BY_ITSELF = "woken", "ask"
+
 # Seconds that ranks which raise for different programs wait for each other's reasons, or for who decides the end.
 _PATIENCE = 10.0
 
@@ -92,6 +101,7 @@ class _Waiting:
     since: float = field(default_factory=time.monotonic)
     seen: int = 0  # entries that were written down when this rank looked last
     taken_back: float | None = None
+    by_itself: bool = False  # it is to ask the store by itself
 
     @property
     def counter(self) -> str:
@@ -156,17 +166,19 @@ class World:
     def _wake_others(self, number: int) -> None:
         keys = [f"{number}/woken/{rank}" for rank in range(self.size) if rank != self.rank]
         if len(keys) > 8 and self.store.has_extended_api():
-            self.store.multi_set(keys, [""] * len(keys))
+            self.store.multi_set(keys, [_WOKEN] * len(keys))
             return
         for key in keys:
-            self.store.set(key, "")
+            self.store.set(key, _WOKEN)
 
     def _wait(self, waiting: _Waiting) -> _End:
         key = f"{waiting.number}/woken/{self.rank}"
         with self._lock:
             self._waiting, self._verdict = waiting, None
         try:
-            self.store.wait([key], timedelta(days=30))  # the thread wakes it before: at the deadline, if not earlier
+            self.store.wait([key], timedelta(days=30))  # the thread ends it after a second, if nobody does before
+            while waiting.by_itself and self.store.get(key) != _WOKEN.encode():
+                time.sleep(_ASK)
         finally:
             with self._lock:
                 self._waiting, verdict = None, self._verdict
@@ -225,14 +237,17 @@ class World:
         waiting = self._waiting
         if waiting is None or time.monotonic() - waiting.since < LOOK:
             return
-        end = self._ended(waiting, store)
+        end, key = self._ended(waiting, store), f"{waiting.number}/woken/{self.rank}"
         if end is None:
+            if not waiting.by_itself and time.monotonic() - waiting.since > _BLIND:
+                waiting.by_itself = True
+                store.compare_set(key, "", _BY_ITSELF)  # unless it has been woken already
             return
         with self._lock:
             if self._waiting is not waiting:
                 return
             self._verdict = end
-        store.set(f"{waiting.number}/woken/{self.rank}", "")
+        store.set(key, _WOKEN)
 
     def _ended(self, waiting: _Waiting, store: Any) -> _End | None:
         number = waiting.number

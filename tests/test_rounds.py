@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from typing import Any
@@ -184,3 +186,26 @@ def threads() -> list[bool]:
 
 def test_the_thread_lives_as_long_as_its_world() -> None:
     assert world.run(threads, size=2) == [[False, True, False]] * 2
+
+
+def interrupted() -> str:
+    """Rank 0 waits for rank 1, which is late, and is interrupted as by Ctrl-C."""
+    fz.make_mesh("cpu", deadline=60.0)
+    agree("same", "step (call 1)", bytes)
+    if dist.get_rank() == 1:
+        time.sleep(4.0)
+        return hold("same", "step (call 2)")
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        agree("same", "step (call 2)", bytes)
+    except KeyboardInterrupt:
+        return "interrupted at once" if time.monotonic() - begun < 3.0 else "interrupted late"
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return "not interrupted"
+
+
+def test_a_rank_that_waits_for_others_can_be_interrupted_and_they_hear_of_it() -> None:
+    assert world.run(interrupted, size=2) == ["interrupted at once", "PeerError"]
