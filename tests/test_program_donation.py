@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -339,11 +340,15 @@ def steps_overwrite_nothing(stage: int, policy: str) -> None:
     assert_same_bits(handed_out, kept)
 
 
-@pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16"])
-@pytest.mark.parametrize(("size", "stages"), [(1, (3,)), (2, (0, 1, 3))])
-def test_later_steps_overwrite_nothing_that_was_handed_out(size: int, stages: tuple[int, ...], policy: str) -> None:
-    for stage in stages:
-        world.run(steps_overwrite_nothing, stage, policy, size=size)
+QUICK = [(1, 3, "bf16"), (2, 0, "fp32"), (2, 1, "mixed"), (2, 3, "bf16")]
+FULL = itertools.product((1, 2), (0, 1, 3), ("fp32", "mixed", "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "policy"), [pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow) for x in FULL]
+)
+def test_later_steps_overwrite_nothing_that_was_handed_out(size: int, stage: int, policy: str) -> None:
+    world.run(steps_overwrite_nothing, stage, policy, size=size)
 
 
 def test_init_and_shard_copy_what_they_are_given() -> None:
