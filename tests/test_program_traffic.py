@@ -43,10 +43,10 @@ def traced(
     return state, fz.trace(step_of(WIDE, **options))(state, text)
 
 
-@pytest.mark.parametrize(("stage", "policy"), [(3, "bf16"), (1, "mixed")])
-def test_what_is_sent_does_not_depend_on_the_compute_dtype(stage: int, policy: str) -> None:
-    _, own = traced(8, stage, policy)
-    _, wide = traced(8, stage, fz.policy(policy, compute=torch.float32))
+@pytest.mark.parametrize("options", [{}, {"policy": "mixed"}], ids=str)
+def test_what_is_sent_does_not_depend_on_the_compute_dtype(options: dict[str, Any]) -> None:
+    _, own = traced(8, 3, **options)
+    _, wide = traced(8, 3, policy=fz.policy(options.get("policy", "bf16"), compute=torch.float32))
     assert wide.traffic().by_collective == own.traffic().by_collective
     assert wide.traffic().calls == own.traffic().calls
 
@@ -72,9 +72,22 @@ def scalars(ranks: int, calls: int = 6) -> int:
     return calls * 16 * (ranks - 1)
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 1024])
+LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
+    (1, {}, 2),
+    (2, {}, 2),
+    (3, {}, 3),
+    (3, {"keep_gathered": math.inf}, 2),
+]
+QUICK = [(2, 3), (8, 2), (8, 1), (1024, 0), (1024, 2)]  # ranks, and which layout
+
+
 @pytest.mark.parametrize(
-    "stage, options, times", [(1, {}, 2), (2, {}, 2), (3, {}, 3), (3, {"keep_gathered": math.inf}, 2)]
+    ("ranks", "stage", "options", "times"),
+    [
+        pytest.param(ranks, *layout, marks=() if (ranks, i) in QUICK else pytest.mark.slow)
+        for ranks in (2, 8, 1024)
+        for i, layout in enumerate(LAYOUTS)
+    ],
 )
 def test_a_step_brings_what_its_layout_says(ranks: int, stage: int, options: dict[str, Any], times: int) -> None:
     state, program = traced(ranks, stage, **options)
@@ -90,7 +103,7 @@ def test_a_step_brings_what_its_layout_says(ranks: int, stage: int, options: dic
     assert sum(traffic.calls.values()) == program.stages[-1].collectives
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 1024])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 8, 1024])
 def test_stage_0_brings_each_gradient_twice(ranks: int) -> None:
     state, program = traced(ranks, 0)
     counts = [math.prod(shape) for shape in state.params.shapes]
@@ -164,7 +177,7 @@ def test_a_world_of_one_receives_nothing() -> None:
 
 
 def on_gloo(bucket: int) -> tuple[int, dict[str, int], dict[str, int]]:
-    state = fz.init(lambda: GPT(WIDE), fz.adamw(1e-3), fz.make_mesh("cpu"), fz.zero(3), policy="bf16")
+    state = fz.init(lambda: GPT(WIDE), fz.sgd(0.1), fz.make_mesh("cpu"), fz.zero(3), policy="bf16")
     program = fz.trace(step_of(WIDE, bucket=bucket))(state, torch.zeros(1, 17, dtype=torch.int64))
     assert any("all_to_all_single" in str(node.target) for node in program.trace.module.graph.nodes)
     traffic = program.traffic()
