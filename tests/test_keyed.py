@@ -163,7 +163,17 @@ def test_draws_leave_the_global_generator_alone(name):
 
 # Ten rounds of rejection take seconds to trace, and a generator of None is gone before a trace sees it.
 SLOWLY_TRACED = {"gamma", "gamma below one", "Gamma.sample", "dirichlet"}
-TRACED = [name for name in DRAWS if name not in SLOWLY_TRACED and "generator" not in name]
+# The one below traces a gamma draw; of the others another row traces the operator.
+TRACED_BY_OTHERS = {
+    "Gamma.rsample", "poisson of many", "rand float64", "randn two-dimensional", "normal of numbers",
+    "normal of a mean", "normal of a deviation", "normal into a tensor", "bernoulli_", "native_dropout", "dropout1d",
+    "randint", "randint_like", "random_ to", "random_", "random_ of floats", "multinomial", "Categorical.sample",
+}  # fmt: skip
+TRACED = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in TRACED_BY_OTHERS))
+    for name in DRAWS
+    if name not in SLOWLY_TRACED and "generator" not in name
+]
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -267,7 +277,12 @@ def test_draws_are_distributed_as_those_of_torch(draw: Callable[[], Tensor]):
     assert (below[0] - below[1]).abs().max() < math.sqrt(-math.log(0.5e-6) / min(N, len(ours)))
 
 
-SLOW = {"gamma in float64", "Beta.sample", "StudentT.sample"}  # by the rejection that gamma and dirichlet trace too
+# By the rejection that the gradient of a gamma draw traces too, or an operator that stands in `TRACED`.
+SLOW = {
+    "gamma", "gamma in float64", "Beta.sample", "StudentT.sample", "dirichlet",
+    "geometric_", "geometric_ of certainty", "log_normal_", "exponential_", "poisson", "rrelu",
+    "multinomial", "multinomial of rows", "trunc_normal_",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -282,12 +297,19 @@ def test_a_trace_draws_what_the_eager_call_draws(draw: Callable[[], Tensor]):
 
 
 def test_the_gradient_of_a_gamma_draw_is_that_of_its_concentration():
+    def draws(concentration: Tensor) -> Tensor:
+        return distributions.Gamma(concentration, torch.ones(N)).rsample()
+
     def mean(concentration: Tensor) -> Tensor:
-        return fz.keyed(lambda: distributions.Gamma(concentration, torch.ones(N)).rsample())(7).mean()
+        return fz.keyed(draws)(7, concentration).mean()
+
+    def recomputed(concentration: Tensor) -> Tensor:
+        return fz.keyed(fz.remat(draws))(7, concentration).mean()
 
     concentration = torch.full((N,), 2.5)
     gradient = fz.grad(mean)(concentration)
     assert abs(gradient.sum() - 1) < 5 * 1 / math.sqrt(N)  # the mean of a gamma distribution is its concentration
+    small.assert_same_bits(fz.grad(recomputed)(concentration), gradient)
     small.assert_same_bits(fz.jit(fz.grad(mean))(concentration), gradient)
 
 
@@ -409,7 +431,7 @@ def test_dropout_differs_between_ranks_steps_micro_batches_and_seeds():
     assert len(torch.unique(rows, dim=0)) == len(rows)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_dropout_is_the_same_on_a_rerun_and_traced(microbatches):
     first, again, traced = (
         world.run(masks_of_two_steps, transform, microbatches, 0, size=2) for transform in (plain, plain, fz.jit)
@@ -464,7 +486,13 @@ def test_two_keys_around_a_state_give_two_draws(rollout: Callable[[Any, fz.State
     assert not torch.isclose(first, second).any()
 
 
-@rollouts
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        pytest.param(rollout, id=name, marks=[pytest.mark.slow] * (name in ("vjp", "remat", "accumulate of a tree")))
+        for name, rollout in ROLLOUTS.items()
+    ],
+)
 def test_a_key_around_a_state_traces_as_it_runs(rollout: Callable[[Any, fz.State], Tensor]):
     state, step = state_of(), fz.jit(lambda key, state: rollout(key, state))
     for key in (7, 8):
