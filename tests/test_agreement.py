@@ -116,7 +116,9 @@ def differ(pairs: list[tuple[str, str]], odd: int, cached: bool) -> list[tuple[s
     return found
 
 
-@pytest.mark.parametrize(("size", "odd", "cached"), [(2, 1, True), (2, 0, False), (4, 2, True)])
+@pytest.mark.parametrize(
+    ("size", "odd", "cached"), [(2, 1, True), (2, 0, False), pytest.param(4, 2, True, marks=pytest.mark.slow)]
+)
 def test_ranks_that_call_different_things_all_say_so_and_go_on(size: int, odd: int, cached: bool) -> None:
     results = world.run(differ, PAIRS, odd, cached, size=size, deadline=120.0)
     for pair, rows in zip(PAIRS, zip(*results, strict=True), strict=True):
@@ -144,7 +146,7 @@ def branch_alone(stage: int, odd: int) -> list[Any]:
     return [*got, fz.gather(after.params)["a"]["w"]]
 
 
-@pytest.mark.parametrize(("size", "odd"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("size", "odd"), [pytest.param(2, 1, marks=pytest.mark.slow), (4, 2)])
 def test_a_branch_that_one_rank_takes_alone_is_named_by_leaf_and_argument(size: int, odd: int) -> None:
     for kind, message, _, weights in world.run(branch_alone, 3, odd, size=size):
         assert kind == "ProgramMismatchError"
@@ -172,7 +174,9 @@ def one_takes_another_branch(stage: int, odd: int) -> list[Tensor]:
     return [torch.stack([full[name]["w"], own[name]["w"].detach()]) for name in "abc"]
 
 
-@pytest.mark.parametrize(("stage", "size"), [(0, 2), (1, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("stage", "size"), [(1, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 2), (1, 4)])]
+)
 def test_a_branch_of_which_all_leaves_are_there_anyway_may_be_taken_alone(stage: int, size: int) -> None:
     """Below stage 3 both branches reduce the gradients of all leaves, zeros among them: the same collectives."""
     for leaves in world.run(one_takes_another_branch, stage, 1, size=size):
@@ -192,14 +196,16 @@ def wrong_then_right(rounds: int, sizes: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("size", "sizes"), [(2, "fixed"), (4, "any")])
-def test_ranks_go_on_after_a_mismatch_that_was_caught(size: int, sizes: str) -> None:
-    first, *others = world.run(wrong_then_right, 4, sizes, size=size)
+@pytest.mark.parametrize(
+    ("size", "sizes", "rounds"), [(2, "fixed", 1), (2, "any", 2), pytest.param(4, "any", 4, marks=pytest.mark.slow)]
+)
+def test_ranks_go_on_after_a_mismatch_that_was_caught(size: int, sizes: str, rounds: int) -> None:
+    first, *others = world.run(wrong_then_right, rounds, sizes, size=size)
     assert all(other == first for other in others)
-    assert first[0::2] == ["ProgramMismatchError"] * 4
+    assert first[0::2] == ["ProgramMismatchError"] * rounds
 
 
-def raises_in_the_trace(again: bool) -> list[Any]:
+def raises_in_the_trace() -> list[Any]:
     """Rank 1 raises while it traces; the others, which wait for it, hear of it."""
     state = state_of(deadline=60.0)
     found: list[Any] = []
@@ -209,22 +215,21 @@ def raises_in_the_trace(again: bool) -> list[Any]:
             raise ValueError("three rows are too many")
         return loss(params, batch)
 
-    for _ in range(2 if again else 1):  # another function of the same name, called for the first time
+    for _ in range(2):  # another function of the same name, called for the first time
         step = fz.train_step(picky, donate=False)
         found.append(outcome(step, state, torch.ones(3, 64)))
         found.append(float(step(state, torch.ones(2, 64))[1]["loss"]))
     return found
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_rank_that_raises_in_its_trace_is_heard_by_those_that_wait_for_it(again: bool) -> None:
-    results = world.run(raises_in_the_trace, again, size=4)
-    for rank, (first, value, *rest) in enumerate(results):
-        for kind, message, seconds in [first, *rest[::2]]:
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_rank_that_raises_in_its_trace_is_heard_by_those_that_wait_for_it(size: int) -> None:
+    for rank, (first, value, again, last) in enumerate(world.run(raises_in_the_trace, size=size)):
+        for kind, message, seconds in (first, again):
             assert kind == ("ValueError" if rank == 1 else "PeerError")
             assert "three rows are too many" in message
             assert seconds < 30, "nobody waits for the deadline"
-        assert value == 2 * sum(range(64)), "and the next call runs"
+        assert value == last == 2 * sum(range(64)), "and the next call runs"
 
 
 def all_raise_then_go_on() -> list[Any]:
