@@ -19,7 +19,7 @@ HALF = {"fp16": torch.float16, "fp16-mixed": torch.float16}
 POLICIES = ("fp32", "mixed", "bf16", "bf16-exact", "bf16-fp32-moments", "bf16-8bit", "fp16", "fp16-mixed")
 # How far losses may be from those in float64, for a compute dtype: some of its roundings.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-STEPS, ROWS = 4, 8
+STEPS, ROWS = 3, 8
 
 
 def parameters() -> dict[str, Any]:
@@ -112,13 +112,7 @@ VARIANTS: dict[int, dict[str, Sequence[int]]] = {
 }
 
 
-QUICK = {(name, 2) for name in POLICIES} | {
-    ("bf16-exact", 4),
-    ("bf16-8bit", 1),
-    ("bf16-8bit", 4),
-    ("fp16", 1),
-    ("fp16", 4),
-}
+QUICK = {(name, 2) for name in POLICIES} | {("bf16-8bit", 1), ("bf16-8bit", 4), ("fp16", 1)}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +141,12 @@ def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return trained(name, "in fp32", 3, jitted=True), trained(name, "in fp32", 3)
 
 
-@pytest.mark.parametrize(("name", "size"), [("mixed", 2), ("fp16", 2), ("bf16-8bit", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mixed", 2), ("fp16", 2), ("bf16-8bit", 1), pytest.param("bf16-8bit", 4, marks=pytest.mark.slow)],
+)
 def test_traced_and_eager_steps_give_the_same_bits_where_leaves_are_cast_once_gathered(name: str, size: int) -> None:
-    for traced, untraced in world.run(both, name, size=size):
+    for traced, untraced in [both(name)] if size == 1 else world.run(both, name, size=size):
         del traced["losses"], untraced["losses"]  # traced, the mean over ranks
         assert_same_bits(traced, untraced)
 
@@ -160,9 +157,6 @@ def test_traced_and_eager_steps_give_the_same_bits_where_leaves_are_cast_once_ga
         *((name, "plain") for name in POLICIES),
         ("bf16", "autocast"),
         ("fp16-mixed", "autocast"),
-        ("mixed", "in fp32"),
-        ("fp16", "in fp32"),
-        ("bf16-8bit", "in fp32"),
     ],
 )
 def test_traced_and_eager_steps_give_the_same_bits(name: str, variant: str) -> None:
