@@ -59,7 +59,7 @@ def accumulated(stage: int, ranks: int, n: int, traced: bool) -> Any:
     [
         *[(1, 3, 4, False), (1, 0, 4, True), (1, 3, 1, True)],
         *[(2, 3, 4, True), (2, 0, 1, False), (2, 1, 2, True)],
-        *[(4, 3, 2, True), (4, 0, 4, True)],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 3, 2, True), (4, 0, 4, True)]),
     ],
 )
 def test_means_are_those_of_one_batch(ranks, stage, n, traced):
@@ -88,7 +88,12 @@ def stepped(stage: int, policy: str | fz.Policy, ranks: int, n: int, clip: float
 
 @pytest.mark.parametrize(
     ("policy", "ranks", "stage", "n"),
-    [("fp32", 1, 3, 4), ("fp32", 2, 1, 4), (SCALED, 2, 3, 2), ("fp32", 4, 2, 1)],
+    [
+        ("fp32", 1, 3, 4),
+        ("fp32", 2, 1, 4),
+        (SCALED, 2, 3, 2),
+        pytest.param("fp32", 4, 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_steps_are_those_of_one_rank_with_the_whole_batch(policy, ranks, stage, n):
     """Loss scale, clip and norm included."""
