@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -169,8 +170,16 @@ def test_nobody_waits_longer_than_the_deadline(axes, size, tmp_path):
 
 
 LAUNCHED = """
-import atexit, weakref
+import atexit, os, sys, weakref
 import torch, torch.distributed as dist, fzero as fz
+
+if sys.argv[1:]:  # no launcher: what one sets, of two processes of which the second is a fork of the first
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
+    fz.grad(torch.sum)(torch.ones(2))  # what it imports is there for both
+    forked = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if forked else "1"
+    if forked:  # registered before all others, so it runs last
+        atexit.register(lambda: os.waitpid(forked, 0)[1] == 0 or os._exit(1))
 
 def ending():  # registered first, so it runs after what fzero registers; a live group's threads may abort the process
     print("left\\n" if world() is None else "a group is alive\\n", end="", flush=True)
@@ -189,10 +198,18 @@ print(f"rank {mesh.index('data')} {mesh.device.type} {dist.get_backend()}\\n", e
 """
 
 
-def test_under_torchrun_it_starts_the_process_group_and_leaves_it_at_exit(tmp_path):
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_under_a_launcher_it_starts_the_process_group_and_leaves_it_at_exit(torchrun, tmp_path):
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
+    command = [sys.executable, *launcher, str(script), *([] if torchrun else [free_port()])]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
