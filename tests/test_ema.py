@@ -74,10 +74,10 @@ def exact(state: fz.State) -> dict[str, Tensor]:
 CASES = [
     (1, 3, "fp32"),
     (1, 3, "bf16-8bit"),
+    (1, 3, "bf16"),
     (2, 1, "bf16-exact"),
     (2, 3, "mixed"),
-    (4, 1, "bf16"),
-    (4, 3, "bf16-exact"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1, "bf16"), (4, 3, "bf16-exact")]),
 ]
 
 

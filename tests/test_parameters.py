@@ -49,7 +49,14 @@ def after_a_step(policy: str, stage: int) -> dict[str, tuple[torch.dtype, Tensor
 
 
 @pytest.mark.parametrize(
-    ("size", "stage", "policy"), [(1, 3, "fp32"), (2, 3, "bf16"), (2, 1, "mixed"), (4, 3, "bf16-exact")]
+    ("size", "stage", "policy"),
+    [
+        (1, 3, "fp32"),
+        (1, 3, "bf16-exact"),
+        (2, 3, "bf16"),
+        (2, 1, "mixed"),
+        pytest.param(4, 3, "bf16-exact", marks=pytest.mark.slow),
+    ],
 )
 def test_floats_are_trained_as_the_policy_stores_them_and_integers_kept(size: int, stage: int, policy: str) -> None:
     for found in world.run(after_a_step, policy, stage, size=size):
@@ -150,7 +157,10 @@ def trained(name: str, stage: int, jit: bool) -> tuple[Tensor, Tensor]:
     return torch.view_as_complex(fz.gather(state.params)["w"]), info["grad_norm"]
 
 
-@pytest.mark.parametrize(("size", "stage", "name"), [(1, 3, "adamw"), (2, 3, "sgd"), (2, 1, "clip"), (4, 3, "adamw")])
+@pytest.mark.parametrize(
+    ("size", "stage", "name"),
+    [(1, 3, "adamw"), (2, 3, "sgd"), (2, 1, "clip"), pytest.param(4, 3, "adamw", marks=pytest.mark.slow)],
+)
 def test_parts_are_trained_as_torch_trains_a_complex_leaf(size: int, stage: int, name: str) -> None:
     weight = nn.Parameter(weights())
     optimizer = OPTIMIZERS[name][1]([weight])
