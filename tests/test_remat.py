@@ -160,8 +160,16 @@ def penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return slope
 
 
-@every_loss
-@pytest.mark.parametrize("transform", [kept, fz.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("transform", "loss"),
+    [
+        *(pytest.param(kept, loss, id=f"eager-{name}") for name, loss in LOSSES.items()),
+        *(
+            pytest.param(fz.jit, loss, id=f"jit-{name}", marks=[pytest.mark.slow] * (name not in ("mlp", "nested")))
+            for name, loss in LOSSES.items()
+        ),
+    ],
+)
 def test_the_gradient_of_a_gradient(transform, loss):
     p, x = double(weights()), double(inputs())
     expected = small.flat(fz.grad(penalty(loss(kept)))(p, x))
@@ -269,7 +277,7 @@ class Stack(nn.Module):
     def __init__(self, call: Callable[[Block, Tensor], Tensor], dropout: float = 0.0) -> None:
         super().__init__()
         self.call = call
-        self.blocks = nn.ModuleList(Block(dropout) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -306,8 +314,16 @@ def test_modules_inside_a_functional_model(transform, call):
 # The context of the forward holds in the backward
 
 
-@pytest.mark.parametrize("call", sorted(CALLS))
-@pytest.mark.parametrize("transform", [kept, fz.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("transform", "call"),
+    [
+        *(pytest.param(kept, call, id=f"eager-{call}") for call in sorted(CALLS)),
+        *(
+            pytest.param(fz.jit, call, id=f"jit-{call}", marks=[pytest.mark.slow] * (call not in ("module", "nested")))
+            for call in sorted(CALLS)
+        ),
+    ],
+)
 def test_dropout_of_a_state_is_drawn_again(transform, call):
     def gradient(call: str) -> Callable[..., Any]:
         apply, params = module_loss(call, dropout=0.5)
