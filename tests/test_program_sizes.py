@@ -1,7 +1,8 @@
-"""One program for all sizes: what opens, what has to stay fixed, and equal bits to a program for one size."""
+"""One program for all sizes: what opens, what has to stay fixed, and the bits of the function itself."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import fzero as fz
 from fzero.program.options import Options
 from tests import world
+from tests.small import copied
 
 
 def rows(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,10 +29,10 @@ def bits_of(result: Any) -> list[Tensor]:
 
 
 def check_equal(f: Callable[..., Any], calls: list[tuple[Any, ...]], programs: int = 2) -> Any:
-    """Call a function with open sizes and with fixed ones: equal bits, and so many programs of the first kind."""
-    opened, fixed = fz.jit(f), fz.jit(f, sizes="fixed")
+    """Call a function with open sizes and as it is: equal bits, and so many programs."""
+    opened = fz.jit(f)
     for args in calls:
-        for a, b in zip(bits_of(opened(*args)), bits_of(fixed(*args)), strict=True):
+        for a, b in zip(bits_of(opened(*args)), bits_of(f(*args)), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
     assert len(opened.programs) == programs
     return opened
@@ -171,40 +173,37 @@ def batch_of(n: int, length: int) -> dict[str, Tensor]:
 
 
 def trained(policy: str, stage: int, options: dict[str, Any]) -> tuple[int, bool]:
-    """Train through three sizes with open and with fixed ones; return the programs made, and whether bits agree."""
-    found = []
-    for sizes in ("any", "fixed"):
-        state = fz.init(Small, fz.adamw(1e-2), fz.make_mesh(), fz.zero(stage), policy=policy)
-        step = fz.train_step(loss_of, has_aux=True, sizes=sizes, **options)
-        metrics = []
-        for n, length in ((4, 6), (8, 9), (12, 5)):
-            state, told = step(state, batch_of(n, length))
-            metrics.append(told)
-        found.append((state, metrics, len(step.programs)))
-    (a, b) = (bits_of(x[:2]) for x in found)
-    return found[0][2], all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    """Train through three sizes with open ones and eagerly; return the programs made, and whether bits agree."""
+    state = fz.init(Small, fz.adamw(1e-2), fz.make_mesh(), fz.zero(stage), policy=policy)
+    step = fz.train_step(loss_of, has_aux=True, **options)
+    eager, agree = copied(state), True
+    for n, length in ((4, 6), (8, 9), (12, 5)):
+        state, metrics = step(state, batch_of(n, length))
+        eager, expected = step.f(eager, batch_of(n, length))
+        pairs = zip(bits_of((state, metrics)), bits_of((eager, expected)), strict=True)
+        agree = agree and all(torch.equal(x, y) for x, y in pairs)
+    return len(step.programs), agree
 
 
-CASES = [
-    ("fp32", 3, {}),
-    ("fp16", 1, {"remat": "block"}),
-    ("bf16", 0, {"microbatches": 2}),
-]
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fp32": (3, {}),
+    "fp16": (1, {"remat": "block"}),
+    "bf16": (0, {"microbatches": 2}),
+}
+QUICK = [(1, "fp16"), (1, "bf16"), (2, "fp32")]
 
 
-@pytest.mark.parametrize(("policy", "stage", "options"), CASES)
-def test_training_has_equal_bits(policy: str, stage: int, options: dict[str, Any]) -> None:
-    assert trained(policy, stage, options) == (2, True)
+@pytest.mark.parametrize(
+    ("size", "policy"),
+    [pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow) for x in itertools.product((1, 2), CASES)],
+)
+def test_training_has_equal_bits(size: int, policy: str) -> None:
+    assert world.run(trained, policy, *CASES[policy], size=size, deadline=240) == [(2, True)] * size
 
 
-@pytest.mark.parametrize(("policy", "stage", "options"), CASES)
-def test_training_on_two_ranks_has_equal_bits(policy: str, stage: int, options: dict[str, Any]) -> None:
-    assert world.run(trained, policy, stage, options, size=2, deadline=240) == [(2, True)] * 2
-
-
-@pytest.mark.parametrize("options", [{}, {"microbatches": 2}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"microbatches": 2}])
 def test_reports_take_sizes(options: dict[str, Any]) -> None:
-    state = fz.init(Small, fz.adamw(1e-2), fz.make_mesh(), policy="fp32")
+    state = fz.init(Small, fz.sgd(0.1), fz.make_mesh(), policy="fp32")
     opened, fixed = (fz.train_step(loss_of, has_aux=True, sizes=sizes, **options) for sizes in ("any", "fixed"))
     for n, length in ((4, 6), (8, 9)):
         state, _ = opened(state, batch_of(n, length))
