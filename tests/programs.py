@@ -40,10 +40,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tokens to logits."""
 
-    def __init__(self, dropout: float = 0.0, *, remat: bool = False) -> None:
+    def __init__(self, dropout: float = 0.0, *, remat: bool = False, depth: int = DEPTH) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block(dropout) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(depth))
         self.remat = remat
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -61,12 +61,14 @@ def training(
     dropout: float = 0.0,
     remat_blocks: bool = False,
     clip: bool = False,
+    depth: int = DEPTH,
     **step_options: Any,
 ) -> tuple[fz.State, Jitted]:
     """A state of the model, and its training step."""
     torch.manual_seed(1)
-    apply, whole = fz.functional(Model(dropout, remat=remat_blocks))
-    params: Any = (lambda: Model(dropout)) if mesh.simulated else whole  # of a factory nothing is allocated
+    apply, whole = fz.functional(Model(dropout, remat=remat_blocks, depth=depth))
+    # Of a factory nothing is allocated.
+    params: Any = (lambda: Model(dropout, depth=depth)) if mesh.simulated else whole
     optimizer: Any = fz.adamw(1e-2)
     if clip:
         optimizer = fz.chain(fz.clip_by_global_norm(0.5), optimizer)
