@@ -15,7 +15,10 @@ from notebooks.execute import HERE, executed
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
 # What trains for a minute trains for some seconds here.
-SHORTER = {"vision_language": ("STEPS = 450", "STEPS = 90")}
+SHORTER = {
+    "step": {"160": "64", "train(seeded, 0, 100)": "train(seeded, 0, 5)"},
+    "vision_language": {"STEPS = 450": "STEPS = 90"},
+}
 
 # A notebook is read in a browser, and its history is kept.
 MOST_BYTES = 800 * 1024
@@ -50,7 +53,7 @@ def test_there_are_notebooks() -> None:
     assert topics <= {path.stem for path in NOTEBOOKS}
 
 
-# Each takes half a minute: the fast tests run one.
+# Most take half a minute: the fast tests run one.
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem != "step")) for p in NOTEBOOKS],

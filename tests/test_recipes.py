@@ -42,7 +42,7 @@ def told() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_recipes_do_what_they_say(size):
     for found in world.run(told, size=size, deadline=240):
         assert 0.5 < found["scores"]["loss"] < 3 and 0 <= found["scores"]["accuracy"] <= 1

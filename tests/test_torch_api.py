@@ -19,8 +19,10 @@ import fzero as fz
 from fzero import torch_api
 from tests import small, world
 
-WORLDS = [(1, 0), (1, 3), (2, 1), (2, 3), (4, 2)]
-MORE_WORLDS = [(1, 1), (1, 2), (2, 0), (2, 2), (4, 0), (4, 1), (4, 3)]
+# In every world; the other ones are for few paths, or slow.
+WORLDS = [(1, 3), (2, 3)]
+MORE_WORLDS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2), (4, 3)]
+FEW = [("several losses", 1, 0), ("a loss over two models", 2, 1), ("forward twice, backward in reverse", 4, 2)]
 
 
 class Encoder(nn.Module):
@@ -238,12 +240,13 @@ def filled(gradients: list[Any], params: Any) -> list[Any]:
     ]
 
 
-def worlds() -> list[Any]:
-    return [*WORLDS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE_WORLDS)]
+def rows() -> list[Any]:
+    fast = [*((path, *pair) for pair in WORLDS for path in PATHS), *FEW]
+    more = [(path, *pair) for pair in MORE_WORLDS for path in PATHS]
+    return [*fast, *(pytest.param(*row, marks=pytest.mark.slow) for row in more if row not in FEW)]
 
 
-@pytest.mark.parametrize("size, stage", worlds())
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path, size, stage", rows())
 def test_a_loop_gives_what_plain_pytorch_gives(path, size, stage):
     steps = batches(size, steps=2)
     found = world.run(on_rank, path, stage, steps, size=size)
@@ -263,7 +266,10 @@ def scaled_on_rank(path: str, policy: str, stage: int, step: list[Batch]) -> tup
     return [v.detach() for v in values], [gradients_of(m) for m in models]
 
 
-@pytest.mark.parametrize("size, stage, policy", [(1, 3, "fp16-mixed"), (2, 1, "fp16"), (2, 3, "fp16-mixed")])
+@pytest.mark.parametrize(
+    "size, stage, policy",
+    [pytest.param(1, 3, "fp16-mixed", marks=pytest.mark.slow), (2, 1, "fp16"), (2, 3, "fp16-mixed")],
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_the_loss_scale_lifts_gradients_over_the_underflow_of_fp16_on_every_path(path, size, stage, policy):
     steps = batches(size, steps=1, weight=2.0**-22)  # unscaled, fp16 holds next to nothing of it
@@ -418,8 +424,17 @@ def traced_on_rank(path: str, policy: str, step: list[Batch]) -> None:
         small.assert_same_bits(one.grads, other.grads)
 
 
-@pytest.mark.parametrize("size, policy", [(1, "fp16-mixed"), (2, "fp32")])
-@pytest.mark.parametrize("path", ["several losses", "a middle tensor handed over", "gradients of inputs"])
+@pytest.mark.parametrize(
+    "path, size, policy",
+    [
+        ("several losses", 1, "fp16-mixed"),
+        ("gradients of inputs", 1, "fp16-mixed"),
+        ("a middle tensor handed over", 2, "fp32"),
+        pytest.param("a middle tensor handed over", 1, "fp16-mixed", marks=pytest.mark.slow),
+        pytest.param("several losses", 2, "fp32", marks=pytest.mark.slow),
+        pytest.param("gradients of inputs", 2, "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_traced_calls_give_the_same_bits(path, size, policy):
     world.run(traced_on_rank, path, policy, batches(size, steps=1)[0], size=size)
 

@@ -121,7 +121,6 @@ CASES: dict[str, Case] = {
 }
 FAST = {
     ("llama, no cache", True),
-    ("llama, no cache", False),
     ("llama, padded", False),
     ("gpt2", True),
     ("vit", True),
@@ -313,7 +312,7 @@ def sharded(name: str, stage: int, train: bool) -> tuple[Any, Any]:
 
 DISTRIBUTED = [
     pytest.param(name, size, stage, train, marks=() if (name, size, stage, train) in fast else pytest.mark.slow)
-    for fast in [{("llama, no cache", 2, 3, True), ("vit", 2, 0, True)}]
+    for fast in [{("llama, no cache", 2, 3, True)}]
     for name in ("llama, no cache", "gpt2", "vit", "clip, padded")
     for size, stage in [(1, 0), (1, 3), (2, 0), (2, 3), (4, 0), (4, 1), (4, 2), (4, 3)]
     for train in ((True,) if name == "vit" else (False, True))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from tests import small, world
 
 SMALL_VISION = vit.Config(width=16, depth=1, heads=2)
 WEIGHTS = {"caption": 1.0, "contrast": 0.3}
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's models with one block each, for what is traced in this process."""
+    vision, text = replace(example.VISION, depth=1), replace(example.TEXT, depth=1)
+    monkeypatch.setattr(example, "VISION", vision)
+    monkeypatch.setattr(example, "TEXT", text)
+    monkeypatch.setattr(example, "look", fz.functional(lambda: vit.ViT(vision))[0])
+    monkeypatch.setattr(example, "speak", fz.functional(lambda: Captioner(text, vision.width))[0])
 
 
 def states(mesh: fz.Mesh | None = None) -> tuple[fz.State, fz.State]:
@@ -41,11 +52,17 @@ def weights() -> dict[str, Tensor]:
 # The step
 
 
-def gradients_on_this_rank(jit: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+def gradients_on_this_rank(jit: bool) -> Found:
     """Losses of this rank's batch, and both gradients, whole."""
+    return found_by(fz.jit(example.gradients) if jit else example.gradients)
+
+
+def found_by(take: Any) -> Found:
     mesh = fz.make_mesh("cpu")
     own = batch(mesh.index("data"))
-    take = fz.jit(example.gradients) if jit else example.gradients
     losses, g_vision, g_text = take(*states(mesh), weights(), own.images, own.tokens)
     return losses, small.flat(fz.gather(g_vision)), small.flat(fz.gather(g_text))
 
@@ -71,10 +88,9 @@ def gradients_in_plain_torch(size: int) -> tuple[list[dict[str, float]], dict[st
     return found, one, other
 
 
-@pytest.mark.parametrize(("size", "jit"), [(1, True), (2, False), pytest.param(2, True, marks=pytest.mark.slow)])
-def test_both_gradients_are_those_of_one_autograd_graph(size, jit):
-    losses, vision, text = gradients_in_plain_torch(size)
-    for rank, (own, *gradients) in enumerate(world.run(gradients_on_this_rank, jit, size=size, deadline=200)):
+def assert_as_in_plain_torch(by_rank: list[Found]) -> None:
+    losses, vision, text = gradients_in_plain_torch(len(by_rank))
+    for rank, (own, *gradients) in enumerate(by_rank):
         assert {name: loss.item() for name, loss in own.items()} == pytest.approx(losses[rank], rel=1e-5)
         for got, expected in zip(gradients, (vision, text), strict=True):
             assert got.keys() == expected.keys()
@@ -83,10 +99,17 @@ def test_both_gradients_are_those_of_one_autograd_graph(size, jit):
                 torch.testing.assert_close(got[path], expected[path], rtol=1e-4, atol=1e-5 * scale, msg=path)
 
 
-def test_weights_are_values_and_each_loss_reaches_what_it_depends_on():
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_gradients_are_those_of_one_autograd_graph(jit):
+    assert_as_in_plain_torch(world.run(gradients_on_this_rank, jit, size=2, deadline=200))
+
+
+@pytest.mark.usefixtures("shallow")
+def test_in_one_program_weights_are_values_and_each_loss_reaches_what_it_depends_on():
+    take = fz.jit(example.gradients)
+    assert_as_in_plain_torch([found_by(take)])
     vision, text = states()
     own = batch(0)
-    take = fz.jit(example.gradients)
 
     def reached(**chosen: float) -> list[dict[str, bool]]:
         given = {name: torch.tensor(chosen.get(name, 0.0)) for name in WEIGHTS}
@@ -110,7 +133,7 @@ def run(out: Path, *options: str) -> example.Curve:
     return example.main(["--batch", "16", "--held-out", "64", "--out", str(out), *options])
 
 
-def test_both_losses_fall_and_pictures_are_drawn(tmp_path, capsys):
+def test_both_losses_fall_and_pictures_are_drawn(tmp_path, capsys, shallow):
     curve = run(tmp_path, "--steps", "30", "--lr", "4e-3")
     (_, *first), (_, *last) = curve.losses[0], curve.losses[-1]
     assert last[0] < 0.7 * first[0], curve.losses
@@ -128,12 +151,19 @@ def held_out_of_a_run(out: Path, *options: str) -> list[Any]:
 
 
 @pytest.mark.slow
+def test_the_whole_models_learn_too(tmp_path):
+    (_, *first), *_, (_, *last) = run(tmp_path, "--steps", "30", "--lr", "4e-3").losses
+    assert last[0] < 0.7 * first[0] and last[1] < first[1]
+
+
+@pytest.mark.slow
 def test_states_of_unlike_optimizer_precision_and_layout_step_together_alike_on_all_ranks(tmp_path):
     options = ("--steps", "2", "--optimizer", "muon", "lion", "--zero", "2", "0", "--policy", "fp32", "fp16-mixed")
     first, second = world.run(held_out_of_a_run, tmp_path, *options, size=2, deadline=200)
     assert first == second
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_caption_counts_as_exact_where_it_would_be_written_so():
     images, (vision, text) = batch(0).images, states()
     tokens = example.read(vision, text, images)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,21 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} KiB")
 
 
-def executed(path: Path, *, seconds: int = 300, shorter: tuple[str, str] | None = None) -> Any:
+def executed(path: Path, *, seconds: int = 300, shorter: Mapping[str, str] | None = None) -> Any:
     """Return a notebook as it is after a run from its first cell to its last in a fresh kernel.
 
     Args:
         path: of the notebook; it runs in that folder.
         seconds: that a cell may take.
-        shorter: a piece of code that makes the run long, and what to run in its place.
+        shorter: pieces of code that make the run long, and what to run in the place of each.
 
     Raises:
         CellExecutionError: a cell raised.
-        ValueError: a cell warned, or none holds the code that is to be shorter.
+        ValueError: a cell warned, or none holds a piece of code that is to be shorter.
     """
     notebook = nbformat.read(path, as_version=4)
-    if shorter is not None:
-        _shorten(notebook, *shorter)
+    for code, instead in (shorter or {}).items():
+        _shorten(notebook, code, instead)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     # torch and the kernel deprecate things in themselves while they are imported: only what a cell shows counts.
     environment.pop("PYTHONWARNINGS", None)
