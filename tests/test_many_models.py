@@ -305,9 +305,7 @@ def step_of_one(both: fz.State, x: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("stage", "names"),
     [
-        pytest.param(
-            stage, names, marks=[pytest.mark.slow] * ((stage, names) != (3, ("v", "w"))), id=f"{stage}-{name}"
-        )
+        pytest.param(stage, names, marks=[pytest.mark.slow] * ((stage, names) != (3, ("v", "w"))), id=f"{stage}-{name}")
         for names, name in ((("v", "w"), "blocks of the same names"), (("a", "b"), "other names in them"))
         for stage in (0, 3)
     ],

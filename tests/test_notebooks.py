@@ -16,7 +16,7 @@ NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
 # What trains for a minute trains for some seconds here.
 SHORTER = {
-    "step": {"160": "64", "train(seeded, 0, 100)": "train(seeded, 0, 5)"},
+    "step": {"160": "64", "(5e-2, 2e-3)": "(5e-2,)", "train(seeded, 0, 100)": "train(seeded, 0, 5)"},
     "vision_language": {"STEPS = 450": "STEPS = 90"},
 }
 

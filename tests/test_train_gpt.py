@@ -18,8 +18,8 @@ SMALLEST = ["--model", "smallest", "--batch", "4", "--sequence", "32", "--lr", "
 
 @pytest.fixture(autouse=True)
 def _smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A preset of one block, whose step is traced in half the time."""
-    monkeypatch.setitem(PRESETS, "smallest", Config(width=64, depth=1, heads=2))
+    """A preset of one block, quick to trace, with no leaf so large that its update is compiled."""
+    monkeypatch.setitem(PRESETS, "smallest", Config(width=32, depth=1, heads=2))
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ WEIGHTS = {"caption": 1.0, "contrast": 0.3}
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example's models with one block each, for what is traced in this process."""
-    vision, text = replace(example.VISION, depth=1), replace(example.TEXT, depth=1)
+    """The example's models with one block each and no leaf so large that its update is compiled."""
+    vision, text = replace(example.VISION, width=32, depth=1), replace(example.TEXT, width=32, depth=1)
     monkeypatch.setattr(example, "VISION", vision)
     monkeypatch.setattr(example, "TEXT", text)
     monkeypatch.setattr(example, "look", fz.functional(lambda: vit.ViT(vision))[0])
