@@ -165,7 +165,7 @@ def test_adapters_learn_and_the_base_keeps_its_bits() -> None:
 
 
 def test_adapters_take_little_memory_and_the_base_is_never_whole() -> None:
-    wider = Config(width=128, depth=2, heads=2)  # a thinner adapter would be too small to cut
+    wider = Config(width=128, depth=4, heads=2)  # a thinner adapter would be too small to cut
     figures = lora.foretold(wider, ranks=8, rank=2, rows=1, tokens=8)
     adapted, whole = figures["LoRA"], figures["all weights"]
     assert adapted.trained < 0.03 * whole.trained
