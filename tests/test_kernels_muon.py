@@ -34,8 +34,8 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interpreted_triton_kernel_equals_the_reference() -> None:
-    looked_ahead = "shared.check_triton('looked ahead', 'cpu', STORAGES)\n"
-    interpreted(OTHER_PROCESS + looked_ahead + "shared.check_triton('momentum', 'cpu', STORAGES[3:])")
+    looked_ahead = "shared.check_triton('looked ahead', 'cpu', STORAGES[1:])\n"
+    interpreted(OTHER_PROCESS + looked_ahead + "shared.check_triton('momentum', 'cpu', STORAGES[:1])")
 
 
 def test_triton_kernel_compiles_for_hopper() -> None:
@@ -50,14 +50,20 @@ def test_triton_kernel_on_a_gpu_equals_the_reference_on_a_cpu(name: str) -> None
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_the_op_and_what_is_compiled_equal_the_reference(storage: tuple[Any, ...]) -> None:
-    # One storage is compiled, of which every operation is one of others too.
-    lengths = (1, 1000, compiled.MIN_COMPILED + 5) if storage[1] == "8-bit" else (1, 1000)
-    for name in ENTRIES:
-        for n in lengths[: 2 if name == "momentum" else 3]:
-            arguments = operands(name, storage, (n,))
-            wanted = expected(name, arguments, stochastic=True)
-            assert_same_bits(renewed(name, arguments, stochastic=True), wanted)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_op_equals_the_reference(name: str, storage: tuple[Any, ...]) -> None:
+    for n in (1, 1000):
+        arguments = operands(name, storage, (n,))
+        wanted = expected(name, arguments, stochastic=True)
+        assert_same_bits(renewed(name, arguments, stochastic=True), wanted)
+
+
+# AdamW's codes are compiled in any case.
+@pytest.mark.parametrize("storage", [STORAGES[1], pytest.param(STORAGES[3], marks=pytest.mark.slow)], ids=str)
+def test_what_is_compiled_equals_the_reference(storage: tuple[Any, ...]) -> None:
+    arguments = operands("looked ahead", storage, (compiled.MIN_COMPILED + 5,))
+    wanted = expected("looked ahead", arguments, stochastic=True)
+    assert_same_bits(renewed("looked ahead", arguments, stochastic=True), wanted)
     assert compiled._compiler.works
 
 
