@@ -23,7 +23,7 @@ from fzero.program.trace import Trace, trace_flat
 from fzero.program.values import Values
 from fzero.program.wire import GATHERS
 
-VOCABULARY, WIDTH, HIDDEN, DEPTH = 19, 10, 23, 3
+VOCABULARY, WIDTH, HIDDEN, DEPTH = 19, 10, 23, 2
 
 
 class Block(nn.Module):

@@ -81,7 +81,9 @@ def test_the_state_of_a_split_master_has_a_remainder_beside_it() -> None:
     assert not flat(state.optimizer.init(state.params).remainder)["w"].any(), "of bf16 parameters there is none"
 
 
-@pytest.mark.parametrize("policy", ["fp32", "bf16", "bf16-exact", "bf16-8bit", "fp16"])
+@pytest.mark.parametrize(
+    "policy", ["bf16", "bf16-exact", "bf16-8bit", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16"))]
+)
 def test_small_pieces_updated_together_get_the_bits_that_they_get_alone(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

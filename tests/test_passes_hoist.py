@@ -80,7 +80,16 @@ def steps_equal(stage: int, policy: str, keep: float) -> None:
         assert_same_bits((state, metrics), (eager, expected))
 
 
-@pytest.mark.parametrize("policy", ["bf16", "mixed"])
-def test_results_are_those_of_the_eager_step(policy: str) -> None:
-    for stage, keep in ((3, math.inf), (3, 0), (3, 2 * WIDTH * WIDTH), (1, 0)):
-        world.run(steps_equal, stage, policy, keep, size=2)
+@pytest.mark.parametrize(
+    ("stage", "policy", "keep"),
+    [
+        (3, "bf16", math.inf),
+        (3, "mixed", 2 * WIDTH * WIDTH),
+        (1, "mixed", 0),
+        pytest.param(3, "bf16", 0, marks=pytest.mark.slow),
+        pytest.param(3, "bf16", 2 * WIDTH * WIDTH, marks=pytest.mark.slow),
+        pytest.param(3, "mixed", math.inf, marks=pytest.mark.slow),
+    ],
+)
+def test_results_are_those_of_the_eager_step(stage: int, policy: str, keep: float) -> None:
+    world.run(steps_equal, stage, policy, keep, size=2)

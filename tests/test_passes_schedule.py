@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,10 +122,14 @@ def assert_valid(trace: Trace, scheduled: Trace) -> None:
 # Training steps
 
 
+# As narrow as "tiny"; a block more, so that two blocks are less than the whole, or one less.
+CONFIGS = PRESETS | {name: dataclasses.replace(PRESETS["tiny"], depth=d) for name, d in (("deep", 3), ("flat", 1))}
+
+
 def gpt_step(
     preset: str, ranks: int, stage: int, *, clip: bool = False, microbatches: int = 1, rows: int = 2, **options: Any
 ) -> tuple[fz.State, Any, Tensor]:
-    make = lambda: GPT(PRESETS[preset])  # noqa: E731
+    make = lambda: GPT(CONFIGS[preset])  # noqa: E731
     apply, _ = fz.functional(make)
     optimizer: Any = fz.chain(fz.clip_by_global_norm(1.0), fz.adamw(1e-3)) if clip else fz.adamw(1e-3)
     state = fz.init(make, optimizer, simulated(ranks), fz.zero(stage), policy="bf16")
@@ -140,8 +146,8 @@ def bucketed(step: Any, *args: Any, **options: Any) -> Trace:
 
 
 def cases(preset: str) -> list[Any]:
-    fast = {("tiny", 2, 3, False, "block", 1), ("tiny", 2, 0, True, "none", 1), ("tiny", 8, 3, True, "block", 1)}
-    fast |= {("tiny", 8, 1, False, "none", 2), ("small", 8, 3, False, "block", 1), ("small", 2, 1, True, "none", 1)}
+    fast = {("tiny", 2, 0, True, "none", 1), ("tiny", 8, 3, True, "block", 1)}
+    fast |= {("tiny", 8, 1, False, "none", 2)}
     found = []
     for ranks in (2, 8):
         for stage in (0, 1, 3):
@@ -263,13 +269,19 @@ def block_bytes(state: fz.State, itemsize: int = 2) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "remat"),
-    [(2, "none"), (8, "block"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "block"), (8, "none")])],
+    ("preset", "ranks", "remat"),
+    [
+        ("deep", 8, "block"),
+        *(
+            pytest.param("small", *case, marks=pytest.mark.slow)
+            for case in itertools.product((2, 8), ("none", "block"))
+        ),
+    ],
 )
-def test_gradients_of_two_blocks_at_most_are_alive_at_once(ranks: int, remat: str) -> None:
+def test_gradients_of_two_blocks_at_most_are_alive_at_once(preset: str, ranks: int, remat: str) -> None:
     peaks = []
     for clip in (False, True):
-        state, step, batch = gpt_step("small", ranks, 3, clip=clip)
+        state, step, batch = gpt_step(preset, ranks, 3, clip=clip)
         trace, _ = run_passes(raw(step, state, batch), Options(remat=remat, overlap=None))  # type: ignore[arg-type]
         peaks.append(gradient_bytes(trace))
     block, pieces = block_bytes(state)
@@ -319,7 +331,7 @@ def program(lines: list[tuple[str, int, int]], outputs: list[int]) -> Callable[.
     return run
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(ops, min_size=3, max_size=25), st.lists(st.integers(0, 30), min_size=1, max_size=3), st.integers(0, 3))
 def test_random_programs_keep_their_meaning(lines: list[Any], outputs: list[int], donated: int) -> None:
     f = program(lines, outputs)
@@ -341,9 +353,8 @@ def test_random_programs_keep_their_meaning(lines: list[Any], outputs: list[int]
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_the_pass_is_pure_and_deterministic(microbatches: int) -> None:
-    state, step, batch = gpt_step("tiny", 2, 3, microbatches=microbatches)
+def test_the_pass_is_pure_and_deterministic() -> None:
+    state, step, batch = gpt_step("flat", 2, 3, microbatches=2)
     trace = bucketed(step, state, batch)
     before = text(trace)
     once, again = applied(schedule, trace, Options()), applied(schedule, trace, Options())

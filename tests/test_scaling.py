@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -157,12 +158,29 @@ def overflowing(policy: str, stage: int, jitted: bool) -> Any:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@every_policy
-def test_an_overflow_on_one_rank_is_skipped_by_all(policy: str, stage: int, jitted: bool) -> None:
+# A trace on every rank takes a second: fast are two ranks of two layouts.
+SIZES = {
+    **{("eager", policy, stage): (1, 2, 4) for policy in POLICIES for stage in (0, 3)},
+    ("jit", "fp16", 3): (2,),
+    ("jit", "fp16-mixed", 0): (2,),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "policy", "stage", "sizes"),
+    [
+        *((*case, sizes) for case, sizes in SIZES.items()),
+        *(
+            pytest.param(*case, (1, 2, 4), marks=pytest.mark.slow)
+            for case in itertools.product(("eager", "jit"), POLICIES, (0, 1, 3))
+            if case not in SIZES or case[0] == "jit"
+        ),
+    ],
+)
+def test_an_overflow_on_one_rank_is_skipped_by_all(how: str, policy: str, stage: int, sizes: tuple[int, ...]) -> None:
     expected = {"same": True, "scale": 2.0**14, "finite": False, "moved": True, "recovered": True, "step": 2}
-    for size in (1, 2, 4):
+    jitted = how == "jit"
+    for size in sizes:
         assert world.run(overflowing, policy, stage, jitted, size=size) == [expected] * size
 
 
@@ -251,9 +269,11 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("policy", "jitted"),
+    [("fp16", False), ("fp16-mixed", False), ("fp16", True), pytest.param("fp16-mixed", True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("path", "scale"), PATHS.values(), ids=PATHS.keys())
-@every_policy
 def test_every_path_scales_and_tells_true_values(policy: str, path: Any, scale: float | None, jitted: bool) -> None:
     state, weights = state_of(policy), parameters(1)
     other()
