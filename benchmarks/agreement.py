@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fzero as fz
-from fzero.peers import compare
+from fzero.ranks.peers import compare
 
 # Calls in a row of the bare exchange.
 _CALLS = 2000

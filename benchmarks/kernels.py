@@ -41,7 +41,7 @@ from fzero.kernels.quantize import encode
 from fzero.kernels.sgd import sgd_scalars
 from fzero.kernels.squares import squares
 from fzero.kernels.storage import split_master
-from fzero.program.walk import calls
+from fzero.program.graph.walk import calls
 
 RESULTS = Path(__file__).parent / "results"
 B1, B2, EPSILON, RATE, DECAY = 0.9, 0.95, 1e-8, 1e-3, 0.1

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero.program.lower import lower_graph
-from fzero.program.trace import graph_of
+from fzero.program.graph.trace import graph_of
+from fzero.program.lower.python import lower_graph
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from fzero import tree
-from fzero.algebra import add
-from fzero.autodiff import Pullback, call, vjp
-from fzero.deferred import without_parameters
-from fzero.functional import functional
-from fzero.layout import Sharded
+from fzero.autodiff.open import is_float
+from fzero.autodiff.split_vjp import split_vjp
+from fzero.autodiff.vjp import Pullback, call, vjp
+from fzero.modules.deferred import without_parameters
+from fzero.modules.functional import functional
 from fzero.optim.base import Optimizer
-from fzero.primal import is_float
 from fzero.program.jit import jit
-from fzero.split import split_vjp
-from fzero.state import Skip, State, apply_gradients, init
+from fzero.sharding.algebra import add
+from fzero.sharding.sharded import Sharded
 from fzero.torch_names import missing
+from fzero.train.state import Skip, State, apply_gradients, init
 
 
 class Model:
@@ -57,8 +57,8 @@ class Model:
         training: whether calls run `apply`.
 
     Example:
-        >>> from fzero.mesh import make_mesh
-        >>> from fzero.optim import sgd
+        >>> from fzero.ranks.mesh import make_mesh
+        >>> from fzero.optim.sgd import sgd
         >>> state = init({"w": torch.ones(2)}, sgd(0.5), make_mesh("cpu"), policy="fp32")
         >>> model = Model(lambda params, x: params["w"] * x, state)
         >>> loss = model(torch.tensor([1.0, 2.0])).sum()
@@ -256,8 +256,8 @@ def wrap(
         such as the statistics of batch norm, are each rank's own.
 
     Example:
-        >>> from fzero.mesh import make_mesh
-        >>> from fzero.optim import sgd
+        >>> from fzero.ranks.mesh import make_mesh
+        >>> from fzero.optim.sgd import sgd
         >>> model = wrap(lambda: nn.Linear(2, 3), sgd(0.1), mesh=make_mesh("cpu"), policy="fp32")
         >>> model(torch.ones(4, 2)).square().mean().backward()
         >>> bool(model.step()["finite"])

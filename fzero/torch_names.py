@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fzero.nearest import nearest
+from fzero.calls.nearest import nearest
 
 _LOADED = "module.load_state_dict(fz.named(fz.gather(model.state.params), module))"
 _READ = (

@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 
 import fzero as fz
 from fzero.marks import marks_of
+from fzero.program.graph.collectives import GATHERS
+from fzero.program.graph.trace import Trace, trace_flat
+from fzero.program.graph.values import Values
 from fzero.program.jit import Jitted
 from fzero.program.options import Options
 from fzero.program.pipeline import PASSES, applied
 from fzero.program.signature import examples_of
-from fzero.program.trace import Trace, trace_flat
-from fzero.program.values import Values
-from fzero.program.wire import GATHERS
 
 VOCABULARY, WIDTH, HIDDEN, DEPTH = 19, 10, 23, 2
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fzero as fz
-from fzero.arguments import number, whole
+from fzero.calls.arguments import number, whole
 from tests import small, world
 
 S = fz.schedules

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.optim import GradientTransform
 from fzero.optim.norm import measure_leaf
+from fzero.optim.transforms import GradientTransform
 from tests import world
 from tests.pairwise import pairwise
 from tests.small import assert_same_bits, copied, described, flat, gradient_of, parameters, piece, same_bits

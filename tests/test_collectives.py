@@ -18,7 +18,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fzero as fz
 from fzero._torch import c10d, make_fx
-from fzero.collectives import _SMALL, _sum_parts, all_gather, all_reduce, all_to_all, pad, reduce_scatter
+from fzero.ranks.collectives import _SMALL, _sum_parts, all_gather, all_reduce, all_to_all, pad, reduce_scatter
 from tests import world
 from tests.pairwise import pairwise
 

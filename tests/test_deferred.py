@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fzero import tree
-from fzero.deferred import Deferred, deferred
 from fzero.errors import TraceError
-from fzero.functional import functional
+from fzero.modules.deferred import Deferred, deferred
+from fzero.modules.functional import functional
 from tests.small import LiveBytes
 
 
@@ -287,7 +287,7 @@ def test_peak_is_the_largest_leaf(factory, leaves):
 
 
 def test_truncated_normal_needs_no_copies_of_the_leaf(monkeypatch):
-    monkeypatch.setattr("fzero.recording._CHUNK", 4096)
+    monkeypatch.setattr("fzero.modules.recording._CHUNK", 4096)
     with LiveBytes() as memory:
         model = deferred(linear(lambda w: nn.init.trunc_normal_(w, std=0.02)))
         assert memory.peak < 1000

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.optim import GradientTransform
+from fzero.optim.transforms import GradientTransform
 from tests import small, world
 from tests.small import assert_same_bits, gradient_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import fzero as fz
 from fzero._torch import TorchDispatchMode
 from fzero.marks import marks_of
-from fzero.program.trace import Trace
+from fzero.program.graph.trace import Trace
 from tests import small, world
 from tests.programs import gathers, matmuls, nodes, simulated
 

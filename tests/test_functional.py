@@ -15,7 +15,7 @@ import fzero as fz
 from fzero import tree
 from fzero._torch import make_fx
 from fzero.errors import BufferWriteError
-from fzero.functional import functional
+from fzero.modules.functional import functional
 
 # torch compiles its jvp rules with torch.jit.script on first use, which warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

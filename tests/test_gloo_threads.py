@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import fzero as fz
-from fzero import collectives
 from fzero._torch import gloo_threads, one_gloo_thread
+from fzero.ranks import collectives
 from tests import world
 
 

@@ -34,7 +34,7 @@ def by_import() -> set[str]:
 
 
 def test_fzero_and_its_trees_are_loaded(by_import: set[str]) -> None:
-    assert {"fzero.state", "optree"} <= by_import
+    assert {"fzero.train.state", "optree"} <= by_import
 
 
 @pytest.mark.parametrize("name", LATER)

@@ -15,7 +15,7 @@ from fzero.kernels import compiled
 from fzero.kernels.adamw import adamw, adamw_formula, adamw_scalars
 from fzero.kernels.storage import join_master, split_master
 from fzero.kernels.update import reference
-from fzero.random import leaf_keys
+from fzero.random.bits import leaf_keys
 from tests.test_kernels_update import (
     assert_same_bits,
     check_triton,

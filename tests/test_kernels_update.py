@@ -18,7 +18,7 @@ from fzero.kernels.lion import LION, lion_scalars
 from fzero.kernels.sgd import SGD, sgd_scalars
 from fzero.kernels.storage import encode, grouped, is_quantized, load, split_master
 from fzero.kernels.update import Update, leaves_of, reference
-from fzero.random import leaf_keys
+from fzero.random.bits import leaf_keys
 from tests import triton_process
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16

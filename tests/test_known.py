@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.known import answering, is_known
+from fzero.modules.known import answering, is_known
 from tests.small import assert_same_bits
 
 X = torch.tensor([1.0, -2.0, 3.0])

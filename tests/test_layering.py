@@ -172,8 +172,8 @@ def test_init_holds_names_only():
         ("from fzero.optim.base import chain", "optim/adamw.py", 0),
         ("from .base import chain", "optim/adamw.py", 0),
         ("from ..state import State", "optim/adamw.py", 1),
-        ("def f():\n    from fzero.state import State", "optim/adamw.py", 1),
-        ("from fzero.functional import apply", "deferred.py", 1),
+        ("def f():\n    from fzero.train.state import State", "optim/adamw.py", 1),
+        ("from fzero.modules.functional import apply", "deferred.py", 1),
         ("from fzero.tree import map", "errors.py", 1),
     ],
 )
@@ -195,4 +195,4 @@ def test_the_import_check_sees(source, file, count):
     ],
 )
 def test_the_private_name_check_sees(source, count):
-    assert len(private_names(source, Path("fzero/mesh.py"))) == count
+    assert len(private_names(source, Path("fzero/ranks/mesh.py"))) == count

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fzero as fz
 from fzero import tree
-from fzero.layout import place
-from fzero.pieces import reduce_leaf
+from fzero.sharding.leaf import reduce_leaf
+from fzero.sharding.sharded import place
 from tests import world
 
 STAGES = (0, 1, 2, 3)

@@ -12,8 +12,8 @@ from torch.fx import traceback
 
 import fzero as fz
 from fzero.marks import blocks_marked, blocks_of, line_of, mark, marks_of
-from fzero.program.trace import Trace
-from fzero.program.wire import GATHERS, ISSUES
+from fzero.program.graph.collectives import GATHERS, ISSUES
+from fzero.program.graph.trace import Trace
 from tests.programs import DEPTH, nodes, raw, simulated, tokens, training
 from tests.test_program_trace import traced
 

@@ -65,7 +65,7 @@ def test_a_leaf_without_a_gradient_does_not_count() -> None:
     assert measure(without).norm(without.multiplier).item() == pytest.approx(rest.norm().item(), rel=1e-6)
 
 
-class Double(fz.optim.GradientTransform):
+class Double(fz.optim.transforms.GradientTransform):
     """Doubles the gradients: by their factor, or leaf by leaf."""
 
     def __init__(self, leaves: bool) -> None:

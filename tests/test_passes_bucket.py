@@ -14,12 +14,12 @@ from torch import Tensor, fx
 import fzero as fz
 from fzero._torch import c10d
 from fzero.marks import marks_of
+from fzero.program.graph.collectives import GATHERS, ISSUES
+from fzero.program.graph.trace import Trace
+from fzero.program.graph.values import nbytes
 from fzero.program.options import Options
 from fzero.program.passes.bucket import _PACKED, bucket
 from fzero.program.pipeline import applied
-from fzero.program.trace import Trace
-from fzero.program.values import nbytes
-from fzero.program.wire import GATHERS, ISSUES
 from tests import world
 from tests.programs import DEPTH, after, gathers, misplaced, nodes, raw, simulated, text, tokens, training
 from tests.small import assert_same_bits

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.collectives import all_gather, all_reduce
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead
 from fzero.program.pipeline import applied
+from fzero.ranks.collectives import all_gather, all_reduce
 from tests.small import assert_same_bits
 from tests.test_program_trace import run, targets, traced
 

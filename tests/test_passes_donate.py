@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fzero.kernels.adamw import adamw, adamw_scalars
 from fzero.kernels.sgd import sgd
-from fzero.program.lower import lower_graph
+from fzero.program.graph.trace import Trace
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
-from fzero.program.trace import Trace
 from tests.small import assert_same_bits, copied, int32
 from tests.test_program_trace import targets, traced
 

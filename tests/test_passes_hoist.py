@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.program.trace import Trace
-from fzero.program.wire import GATHERS
+from fzero.program.graph.collectives import GATHERS
+from fzero.program.graph.trace import Trace
 from tests import world
 from tests.small import assert_same_bits, copied
 

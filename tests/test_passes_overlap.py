@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 import fzero as fz
 from fzero.marks import marks_of
-from fzero.program.memory import peak_bytes
+from fzero.program.graph.collectives import ISSUES, WAIT, issue_of
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.trace import Trace
 from fzero.program.options import Options
 from fzero.program.passes.overlap import overlap
-from fzero.program.pieces import from_pieces
 from fzero.program.pipeline import applied
-from fzero.program.trace import Trace
-from fzero.program.wire import ISSUES, WAIT, issue_of
+from fzero.program.report.memory import peak_bytes
 from tests import world
 from tests.programs import after, misplaced, raw, simulated, text, tokens, training
 from tests.small import assert_same_bits

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import fzero as fz
 from fzero.marks import marks_of
 from fzero.operators import written_by
-from fzero.program.lower import lower_graph
+from fzero.program.graph.collectives import GATHERS
+from fzero.program.graph.trace import Trace
+from fzero.program.graph.values import nbytes
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead
 from fzero.program.passes.recompute import recompute
 from fzero.program.pipeline import applied
-from fzero.program.trace import Trace
-from fzero.program.values import nbytes
-from fzero.program.wire import GATHERS
 from tests import world
 from tests.programs import (
     DEPTH,

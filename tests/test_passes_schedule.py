@@ -17,19 +17,19 @@ from torch import Tensor, fx, nn
 
 import fzero as fz
 from fzero.marks import marks_of
-from fzero.program.aliases import alias_of
-from fzero.program.lower import lower_graph
-from fzero.program.memory import inside_loops, live_bytes
+from fzero.program.graph.aliases import alias_of
+from fzero.program.graph.collectives import WAIT
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.trace import Trace
+from fzero.program.graph.values import Values, precedences
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.bucket import bucket
 from fzero.program.passes.dead import dead
 from fzero.program.passes.recompute import recompute
 from fzero.program.passes.schedule import schedule
-from fzero.program.pieces import from_pieces
 from fzero.program.pipeline import applied, run_passes
-from fzero.program.trace import Trace
-from fzero.program.values import Values, precedences
-from fzero.program.wire import WAIT
+from fzero.program.report.memory import inside_loops, live_bytes
 from tests.programs import after, misplaced, raw, simulated, text
 from tests.small import assert_same_bits, copied
 from tests.test_program_trace import targets, traced

@@ -159,7 +159,7 @@ def test_what_is_gathered_has_been_rounded_to_the_wire():
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_computes_in_fp32_where_products_are_slow(name, fast, monkeypatch):
-    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: fast or dtype == FP32)
+    monkeypatch.setattr("fzero.precision.products.are_fast", lambda dtype, device: fast or dtype == FP32)
     found = fz.policy(name, compute="auto", device="cpu")
     assert found == (fz.policy(name) if fast else fz.policy(name, compute=FP32))
     assert fz.policy(found, compute="auto", device="cpu") == found
@@ -167,7 +167,9 @@ def test_auto_computes_in_fp32_where_products_are_slow(name, fast, monkeypatch):
 
 
 def test_auto_asks_about_the_device_of_the_mesh(monkeypatch):
-    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: dtype == FP32 or device.type == "cuda")
+    monkeypatch.setattr(
+        "fzero.precision.products.are_fast", lambda dtype, device: dtype == FP32 or device.type == "cuda"
+    )
     assert fz.policy("bf16", compute="auto", device=torch.device("cuda", 0)) == fz.policy("bf16")
     assert fz.policy("bf16", compute="auto", device="cpu").compute == FP32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -175,7 +177,7 @@ def test_auto_asks_about_the_device_of_the_mesh(monkeypatch):
 
 
 def test_auto_casts_to_nothing_slow_but_keeps_what_a_loss_scale_is_for(monkeypatch):
-    monkeypatch.setattr("fzero.products.are_fast", lambda dtype, device: dtype == FP32)
+    monkeypatch.setattr("fzero.precision.products.are_fast", lambda dtype, device: dtype == FP32)
     assert fz.policy("fp32", autocast=BF16, compute="auto") == fz.policy("fp32")
     assert fz.policy("mixed", autocast=BF16, compute=FP32).autocast == BF16
     scaled = fz.Policy(autocast=FP16, loss_scale=128.0)

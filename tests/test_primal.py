@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.keyed import current_draw
-from fzero.primal import HasPrimal, Opened, is_float
+from fzero.autodiff.open import HasPrimal, Opened, is_float
+from fzero.random.keyed import current_draw
 from tests import small
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fzero as fz
-from fzero import products
 from fzero._torch import cpu_multiplies
+from fzero.precision import products
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.program.captured import check_captured
-from fzero.program.trace import graph_of
+from fzero.program.graph.captured import check_captured
+from fzero.program.graph.trace import graph_of
 from tests.small import assert_same_bits, copied
 
 A = torch.arange(6.0)

@@ -13,9 +13,9 @@ from torch import Tensor
 import fzero as fz
 from fzero import tree
 from fzero._torch import c10d
-from fzero.program.devices import DEVICES, Device, Estimate, device_named, estimate, wire_seconds
-from fzero.program.trace import Trace, trace_flat
-from fzero.program.traffic import Message
+from fzero.program.graph.trace import Trace, trace_flat
+from fzero.program.report.roofline import DEVICES, Device, Estimate, device_named, estimate, wire_seconds
+from fzero.program.report.traffic import Message
 
 # Round numbers: 1 TFLOP/s, 1 GB/s of memory, 1 MB/s in a node, 0.1 MB/s out of it, no latency, all of it reached.
 ROUND = Device("round", 1e12, 1e11, 1e9, 1e9, 1e6, 1e5, 4, 0.0, 1.0, 1.0, 1.0)

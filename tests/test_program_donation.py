@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.program import donation, lower_inductor
+from fzero.program import donation
+from fzero.program.lower import inductor as lower_inductor
 from tests import world
 from tests.small import assert_same_bits, copied, dot, gradient_of, gradients, parameters, piece
 

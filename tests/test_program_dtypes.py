@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fzero as fz
-from fzero.program.dtypes import _ALIKE, _INDICES, _NORMS
+from fzero.program.graph.dtypes import _ALIKE, _INDICES, _NORMS
 
 X, W, V = torch.ones(4, 4), torch.ones(4, 4), torch.ones(4)
 B, IMAGE, GRID = torch.ones(2, 4, 4), torch.ones(1, 4, 4, 4), torch.zeros(1, 4, 4, 2)

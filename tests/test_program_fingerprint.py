@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.program.fingerprint import fingerprint, program_text
+from fzero.program.agree.fingerprint import fingerprint, program_text
 from tests import world
 from tests.small import parameters
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fzero as fz
 from fzero.marks import line_of, marks_of
-from fzero.program.loop import run_loop
+from fzero.program.graph.loop import run_loop
 
 
 def squared(w: Tensor, x: Tensor) -> Tensor:

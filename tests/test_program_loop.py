@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.program.loop import part_of, run_loop
-from fzero.program.lower import lower_graph
+from fzero.program.graph.loop import part_of, run_loop
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
 from fzero.program.pipeline import run_passes
 from tests.programs import nodes

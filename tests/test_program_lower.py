@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 import fzero as fz
 from fzero._torch import FakeTensorMode, OpOverload, TorchDispatchMode, direct
-from fzero.program.bindings import quickest
-from fzero.program.lower import lower_graph, python_source
-from fzero.program.lowering import default_lower
-from fzero.program.trace import graph_of
+from fzero.program.graph.trace import graph_of
+from fzero.program.lower.choose import default_lower
+from fzero.program.lower.python import lower_graph, python_source
+from fzero.program.lower.quickest import quickest
 from tests.small import assert_same_bits
 
 A, B = torch.arange(6.0), torch.linspace(-1.0, 1.0, 6)

@@ -12,8 +12,8 @@ from torch import Tensor
 import fzero as fz
 from fzero._torch import FakeTensorMode, storage_id
 from fzero.program.donation import run_donating
-from fzero.program.lower import Lowered, lower_graph
-from fzero.program.lower_cudagraph import Recorder, Replayed, lower_cudagraph
+from fzero.program.lower.cudagraph import Recorder, Replayed, lower_cudagraph
+from fzero.program.lower.python import Lowered, lower_graph
 from tests.small import assert_same_bits, copied, dot, parameters
 
 

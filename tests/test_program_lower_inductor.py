@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import fzero as fz
 from fzero._torch import TorchDispatchMode
-from fzero.program import lower_inductor
-from fzero.program.loop import run_loop
-from fzero.program.lower import lower_graph
-from fzero.program.lowering import lowered
+from fzero.program.graph.collectives import GATHERS
+from fzero.program.graph.loop import run_loop
+from fzero.program.graph.trace import Trace
+from fzero.program.lower import inductor as lower_inductor
+from fzero.program.lower.choose import lowered
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
-from fzero.program.trace import Trace
-from fzero.program.wire import GATHERS
 from tests import world
 
 SCALE = torch.tensor([2.0, 3.0])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import fzero as fz
 from fzero._torch import TorchDispatchMode
 from fzero.display.listing import amount
-from fzero.program.kinds import KINDS, kinds_in
-from fzero.program.memory import Memory, peak_bytes
+from fzero.program.graph.kinds import KINDS, kinds_in
 from fzero.program.program import Program
+from fzero.program.report.memory import Memory, peak_bytes
 from tests import world
 from tests.small import LiveBytes
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fzero as fz
+from fzero.program.agree.order import digest, order_of
+from fzero.program.graph.trace import Trace, trace_flat
 from fzero.program.options import Options
-from fzero.program.order import digest, order_of
 from fzero.program.pipeline import run_passes
 from fzero.program.signature import examples_of
-from fzero.program.trace import Trace, trace_flat
 from tests import world
 
 WIDTH = 24

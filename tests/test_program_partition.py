@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fzero as fz
 from fzero._torch import c10d
 from fzero.marks import marks_of
-from fzero.program.partition import Halves, cotangent_like, partition
-from fzero.program.trace import trace_flat
+from fzero.program.graph.partition import Halves, cotangent_like, partition
+from fzero.program.graph.trace import trace_flat
 
 
 def halves_of(f: Callable[..., Tensor], *examples: Tensor, by_reference: tuple[int, ...] = ()) -> Halves:

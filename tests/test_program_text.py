@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fzero as fz
 from fzero.program.program import Program
-from fzero.program.text import shown
+from fzero.program.report.text import shown
 
 HERE = Path(__file__).name
 

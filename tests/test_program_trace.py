@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 import fzero as fz
 from fzero import tree
-from fzero.program.lower import lower_graph
-from fzero.program.trace import Trace, copied, graph_of, results, trace_flat
+from fzero.program.graph.trace import Trace, copied, graph_of, results, trace_flat
+from fzero.program.lower.python import lower_graph
 from tests.small import assert_same_bits
 
 A, B = torch.arange(6.0), torch.ones(6)

@@ -12,9 +12,9 @@ from gpt import GPT, Config
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.collectives import all_to_all
 from fzero.program.program import Program
-from fzero.program.traffic import COLLECTIVES
+from fzero.program.report.traffic import COLLECTIVES
+from fzero.ranks.collectives import all_to_all
 from tests import world
 
 WIDE = Config(width=512, depth=1, heads=4, vocabulary=1024)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, fx
 
 import fzero as fz
-from fzero.collectives import all_gather, all_to_all, reduce_scatter
 from fzero.operators import written_by
-from fzero.program.aliases import alias_of
-from fzero.program.loop import run_loop
-from fzero.program.lower import lower_graph
-from fzero.program.memory import live_bytes, peak_bytes
+from fzero.program.graph.aliases import alias_of
+from fzero.program.graph.collectives import ISSUES, WAIT, issue_of, sent_for
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.loop import run_loop
+from fzero.program.graph.trace import Trace, results
+from fzero.program.graph.values import Values, precedences
+from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
-from fzero.program.pieces import from_pieces
-from fzero.program.trace import Trace, results
-from fzero.program.values import Values, precedences
-from fzero.program.wire import ISSUES, WAIT, issue_of, sent_for
+from fzero.program.report.memory import live_bytes, peak_bytes
+from fzero.ranks.collectives import all_gather, all_to_all, reduce_scatter
 from tests import world
 from tests.programs import simulated
 from tests.small import assert_same_bits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.random import bits, fold, leaf_keys, mix, normal, remix, round_stochastic, shift_right, signed, uniform
+from fzero.random.bits import bits, fold, leaf_keys, mix, normal, remix, round_stochastic, shift_right, signed, uniform
 
 DRAWS = 1 << 16
 

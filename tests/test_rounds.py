@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 import fzero as fz
 from fzero._torch import default_store
-from fzero.peers import together
-from fzero.rounds import LOOK, agree
-from fzero.rounds import world as known
+from fzero.ranks.peers import together
+from fzero.ranks.rounds import LOOK, agree
+from fzero.ranks.rounds import world as known
 from tests import world
 
 

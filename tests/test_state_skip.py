@@ -172,7 +172,7 @@ def test_the_norm_is_that_of_the_mean_gradient(size: int) -> None:
 
 
 def test_the_traced_step_skips_alike() -> None:
-    def step(state: fz.State, value: Any, skip: fz.state.Skip) -> Any:
+    def step(state: fz.State, value: Any, skip: fz.train.state.Skip) -> Any:
         return fz.apply_gradients(state, gradient_of(state, value), skip)
 
     bad = parameters(3)

@@ -12,7 +12,7 @@ from einops.layers.torch import EinMix, Rearrange, Reduce
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.surroundings import Shortcuts, surroundings
+from fzero.modules.switches import Shortcuts, surroundings
 from tests.small import assert_same_bits, flat
 
 # torch compiles its jvp rules with torch.jit.script on first use, which warns of itself.

@@ -38,7 +38,7 @@ from tests import world
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 # ---------------------------------------------------------------------------------------------------------
-# Collectives: why fzero/collectives.py wraps the raw ops
+# Collectives: why fzero/ranks/collectives.py wraps the raw ops
 
 
 # Without fzero, which refuses both.
@@ -202,7 +202,7 @@ def test_a_dispatch_mode_entered_inside_a_transform_sees_plain_tensors():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# make_fx: what fzero/program/trace.py guards against
+# make_fx: what fzero/program/graph/trace.py guards against
 
 
 def test_one_tensor_passed_twice_becomes_one_input():
@@ -304,7 +304,7 @@ def test_up_to_four_rows_are_summed_in_their_order(n, rows):
 
 
 def test_int32_arithmetic_wraps_around():
-    """`fzero.random` relies on it."""
+    """`fzero.random.bits` relies on it."""
     x = torch.tensor([2**31 - 1, -(2**31), 0x12345678], dtype=torch.int32)
     assert (x + 1).tolist() == [-(2**31), -(2**31) + 1, 0x12345679]
     wide = x.to(torch.int64) * 0x7FEB352D

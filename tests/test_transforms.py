@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.optim import GradientTransform
+from fzero.optim.transforms import GradientTransform
 from tests.small import assert_same_bits, flat, gradient_of, parameters, piece, same_bits
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fzero as fz
+from fzero.precision.wide_sums import Summing, summing
 from fzero.torch_api import Model
-from fzero.wide_sums import Summing, summing
 from tests.small import assert_same_bits
 
 ROWS = 3000  # that share an entry: bfloat16 stops at 256, float16 at 2048

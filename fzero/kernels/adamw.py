@@ -34,7 +34,7 @@ def adamw(
             dtypes for all leaves.
         grads: for each leaf its gradient: shape of the parameter; float32, bfloat16 or float16.
         scalars: float32 of shape (4,), from `adamw_scalars`.
-        keys: int32 of shape (leaves, 2), from `fzero.random.leaf_keys`.
+        keys: int32 of shape (leaves, 2), from `fzero.random.bits.leaf_keys`.
         offsets: int32 of shape (leaves,): global index of element 0 in its leaf, modulo 2^32.
         b1: decay of the first moment.
         b2: decay of the second moment.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fzero import _torch
-from fzero.random import signed
+from fzero.random.bits import signed
 
 logger = logging.getLogger(__name__)
 

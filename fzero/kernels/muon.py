@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fzero.kernels.rounding import is_finite, jit, tl
 from fzero.kernels.update import LeafState, Update, define
-from fzero.random import fold
+from fzero.random.bits import fold
 
 # Coefficients of the quintic iteration, and the least norm that a matrix is divided by.
 A, B, C = 3.4445, -4.7750, 2.0315

@@ -1,4 +1,4 @@
-"""Random bits and rounding inside Triton kernels, equal bit for bit to `fzero.random` and to torch's casts.
+"""Random bits and rounding inside Triton kernels, equal bit for bit to `fzero.random.bits` and to torch's casts.
 
 Both roundings to bfloat16 are written as operations on bits: Triton's interpreter truncates where a GPU rounds.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fzero import random
+from fzero.random import bits as random
 
 # On a CPU kernels run as their torch references, and Triton takes as long to import as all of fzero. Nor is it
 # everywhere: it exists for Linux alone.
@@ -37,13 +37,13 @@ SMALLEST_HALF = constexpr(random.SMALLEST_HALF)
 
 @jit
 def shift_right(x, n: tl.constexpr):
-    """`fzero.random.shift_right`."""
+    """`fzero.random.bits.shift_right`."""
     return (x >> n) & ((1 << (32 - n)) - 1)
 
 
 @jit
 def mix(index, k0, k1):
-    """`fzero.random.mix`: int32 random bits for each int32 index."""
+    """`fzero.random.bits.mix`: int32 random bits for each int32 index."""
     x = index + k0
     x = (x ^ shift_right(x, 17)) * FIRST
     x = x ^ k1
@@ -55,7 +55,7 @@ def mix(index, k0, k1):
 
 @jit
 def remix(word):
-    """`fzero.random.remix`: a second word of random bits from the first."""
+    """`fzero.random.bits.remix`: a second word of random bits from the first."""
     x = word * GOLDEN
     return x ^ shift_right(x, 16)
 
@@ -83,7 +83,7 @@ def round_to(x, noise16, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @jit
 def round_float16(x, noise16):
-    """What `fzero.random.round_stochastic` does for float16, as a float32 that float16 holds."""
+    """What `fzero.random.bits.round_stochastic` does for float16, as a float32 that float16 holds."""
     size = tl.abs(x)
     moved = tl.where(size < SMALLEST_HALF, SMALLEST_HALF, 0.0)
     carried = ((size + moved).to(tl.int32, bitcast=True) + (noise16 >> 3)) & ~0x1FFF

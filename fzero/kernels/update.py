@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import random
 from fzero.kernels.checks import check
 from fzero.kernels.compiled import run_in_place
 from fzero.kernels.in_place import register
 from fzero.kernels.launch import launch
 from fzero.kernels.storage import BLOCK, Stored, blocks_of, draws, grouped, is_quantized, load, store
 from fzero.kernels.transformed import transformed
-from fzero.random import signed
+from fzero.random import bits as random
+from fzero.random.bits import signed
 
 LeafState = Sequence[Tensor]
 # (values, gradient as it came, scalars, compiled=, **statics) -> new values, and which elements to change.

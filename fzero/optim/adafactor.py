@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fzero.arguments import named, number, rate_of
-from fzero.collectives import all_reduce
+from fzero.calls.arguments import named, number, rate_of
 from fzero.kernels.adafactor import Matrices, factored_direction, finite_gradient, matrix_squares, sum_of_squares
 from fzero.kernels.storage import grouped
 from fzero.kernels.write_back import write_back, write_back_scalars
-from fzero.layout import Placement, Sharded
 from fzero.marks import mark
-from fzero.mesh import Mesh
 from fzero.optim.base import Mask, Optimizer, Rate, joined, mask_of, own_of, rate, roundings
 from fzero.optim.moments import (
     WithRemainder,
@@ -37,7 +34,10 @@ from fzero.optim.moments import (
     without_remainder,
 )
 from fzero.optim.norm import Squares
-from fzero.pieces import P, Spec
+from fzero.ranks.collectives import all_reduce
+from fzero.ranks.mesh import Mesh
+from fzero.sharding.leaf import P, Spec
+from fzero.sharding.sharded import Placement, Sharded
 
 Axes = tuple[str, ...]
 

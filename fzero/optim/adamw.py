@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fzero.arguments import named, number, rate_of
+from fzero.calls.arguments import named, number, rate_of
 from fzero.kernels.adamw import adamw as kernel
 from fzero.kernels.adamw import adamw_scalars
 from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate

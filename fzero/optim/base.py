@@ -22,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import shown, tree
+from fzero import tree
+from fzero.calls import shown
+from fzero.calls.nearest import nearest
 from fzero.errors import ShapeError, TreeError
-from fzero.layout import Sharded, place, zero
 from fzero.marks import mark
-from fzero.mesh import Mesh
-from fzero.nearest import nearest
 from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
-from fzero.parameters import check_updated
-from fzero.pieces import Spec, join_block, own_piece
-from fzero.random import fold, signed, step_keys
+from fzero.random.bits import fold, signed, step_keys
+from fzero.ranks.mesh import Mesh
+from fzero.sharding.leaf import Spec, join_block, own_piece
+from fzero.sharding.parameters import check_updated
+from fzero.sharding.sharded import Sharded, place, zero
 
 Rate = float | Callable[[Tensor], Tensor]
 Mask = Callable[[str], bool]

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fzero import shown
-from fzero.arguments import named, number
-from fzero.layout import Sharded
+from fzero.calls import shown
+from fzero.calls.arguments import named, number
 from fzero.optim.norm import Squares, measure_leaf
 from fzero.optim.transforms import GradientTransform, NormTransform
-from fzero.pieces import scaled
+from fzero.sharding.leaf import scaled
+from fzero.sharding.sharded import Sharded
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def clip_by_global_norm(limit: float) -> ClipByGlobalNorm:
         TypeError, ValueError: the limit is no number above 0.
 
     Example:
-        >>> from fzero.optim import adamw, chain
+        >>> from fzero.optim.adamw import adamw
+        >>> from fzero.optim.transforms import chain
         >>> chain(clip_by_global_norm(1.0), adamw(1e-3)).learning_rate(torch.tensor(0))
         tensor(0.0010)
     """
@@ -121,7 +122,8 @@ def clip_by_leaf_norm(limit: float) -> ClipByLeafNorm:
         TypeError, ValueError: the limit is no number above 0.
 
     Example:
-        >>> from fzero.optim import chain, sgd
+        >>> from fzero.optim.sgd import sgd
+        >>> from fzero.optim.transforms import chain
         >>> opt, zero = chain(clip_by_leaf_norm(1.0), sgd(1.0)), torch.tensor(0, dtype=torch.int32)
         >>> params = {"a": torch.zeros(2), "b": torch.zeros(1)}
         >>> grads = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(1)}
@@ -147,7 +149,8 @@ def clip_by_last_norm(limit: float) -> ClipByLastNorm:
         TypeError, ValueError: the limit is no number above 0.
 
     Example:
-        >>> from fzero.optim import chain, sgd
+        >>> from fzero.optim.sgd import sgd
+        >>> from fzero.optim.transforms import chain
         >>> opt, w, zero = chain(clip_by_last_norm(1.0), sgd(1.0)), torch.zeros(2), torch.tensor(0, dtype=torch.int32)
         >>> g, opt_state = torch.tensor([3.0, 4.0]), opt.init(w)
         >>> first, opt_state = opt.update(g, opt_state, w, step=zero, seed=zero)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.storage import blocks_of
-from fzero.layout import Placement, Sharded
-from fzero.pieces import P, Spec
+from fzero.sharding.leaf import P, Spec
+from fzero.sharding.sharded import Placement, Sharded
 
 # Leaves under this many elements are not quantized: they weigh little, and a block would be most of a leaf.
 MIN_QUANTIZED = 1024

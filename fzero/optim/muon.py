@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fzero import shown
-from fzero.arguments import flag, named, number, rate_of, whole
+from fzero.calls import shown
+from fzero.calls.arguments import flag, named, number, rate_of, whole
 from fzero.kernels.muon import momentum, orthogonalize
 from fzero.kernels.storage import grouped
 from fzero.kernels.write_back import write_back, write_back_scalars
-from fzero.layout import Sharded
 from fzero.marks import mark
-from fzero.mesh import Mesh
 from fzero.optim.adamw import adamw
 from fzero.optim.base import (
     ByPath,
@@ -44,7 +42,9 @@ from fzero.optim.base import (
 )
 from fzero.optim.moments import Moment, WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
-from fzero.pieces import Spec, block_of, join, own_piece
+from fzero.ranks.mesh import Mesh
+from fzero.sharding.leaf import Spec, block_of, join, own_piece
+from fzero.sharding.sharded import Sharded
 
 # An orthogonal matrix times this and the root of its longer side moves elements about as far as AdamW does.
 ADAMW_SCALE = 0.2

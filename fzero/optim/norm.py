@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fzero.collectives import all_reduce
 from fzero.kernels.squares import squares
-from fzero.layout import Sharded
-from fzero.mesh import Mesh
-from fzero.pieces import Spec
+from fzero.ranks.collectives import all_reduce
+from fzero.ranks.mesh import Mesh
+from fzero.sharding.leaf import Spec
+from fzero.sharding.sharded import Sharded
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero.errors import LayoutError, PolicyError, TreeError
-from fzero.layout import Sharded
+from fzero.sharding.sharded import Sharded
 
 
 def check_pair(grads: Any, params: Any) -> None:

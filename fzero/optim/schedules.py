@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fzero import shown
-from fzero.arguments import named, rate_of, whole
+from fzero.calls import shown
+from fzero.calls.arguments import named, rate_of, whole
 
 
 @named("fz.schedules.constant")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fzero.arguments import flag, named, number, rate_of
+from fzero.calls.arguments import flag, named, number, rate_of
 from fzero.kernels.sgd import sgd as kernel
 from fzero.kernels.sgd import sgd_scalars
 from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fzero import shown, tree
-from fzero.arguments import named
-from fzero.layout import Sharded
-from fzero.nearest import nearest
+from fzero import tree
+from fzero.calls import shown
+from fzero.calls.arguments import named
+from fzero.calls.nearest import nearest
 from fzero.optim.base import ByPath, Optimizer, kind_of
 from fzero.optim.norm import Squares, measure
+from fzero.sharding.sharded import Sharded
 
 
 class GradientTransform(ABC):
@@ -100,7 +101,8 @@ def chain(*transforms_then_optimizer: Any) -> Chain:
 
     Example:
         >>> import torch
-        >>> from fzero.optim import clip_by_global_norm, sgd
+        >>> from fzero.optim.clip import clip_by_global_norm
+        >>> from fzero.optim.sgd import sgd
         >>> opt, w, zero = chain(clip_by_global_norm(1.0), sgd(1.0)), torch.zeros(2), torch.tensor(0, dtype=torch.int32)
         >>> opt.update(torch.tensor([3.0, 4.0]), opt.init(w), w, step=zero, seed=zero)[0]
         tensor([-0.6000, -0.8000])

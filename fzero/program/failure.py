@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from fzero.marks import marks_of
-from fzero.program.lower import NODES
-from fzero.program.wire import WAIT, issue_of
+from fzero.program.graph.collectives import WAIT, issue_of
+from fzero.program.lower.python import NODES
 
 
 def note_place(error: BaseException) -> None:
-    """Note at an error out of a program's run what it waited for, where `fzero.peers` looks for it."""
+    """Note at an error out of a program's run what it waited for, where `fzero.ranks.peers` looks for it."""
     node = failed_node(error)
     if node is not None and not hasattr(error, "waiting_in"):
         error.waiting_in = described(node)  # type: ignore[attr-defined]

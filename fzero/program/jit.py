@@ -15,22 +15,23 @@ from typing import Any
 
 from torch import Tensor
 
-from fzero import shown, tree
+from fzero import tree
 from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
+from fzero.calls import shown
 from fzero.errors import MeshError, TraceError
-from fzero.peers import together
 from fzero.program import donation
-from fzero.program.absent import traced_for
-from fzero.program.family import Families, opened
-from fzero.program.kinds import kinds_in
-from fzero.program.lowering import lowered, takes_any_size
+from fzero.program.agree.order import in_first_order
+from fzero.program.graph.absent import traced_for
+from fzero.program.graph.kinds import kinds_in
+from fzero.program.graph.trace import Trace, trace_flat
+from fzero.program.kept.family import Families, opened
+from fzero.program.kept.retrace import Kept, names_of
+from fzero.program.lower.choose import lowered, takes_any_size
 from fzero.program.options import Options
-from fzero.program.order import in_first_order
 from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
-from fzero.program.retrace import Kept, names_of
 from fzero.program.signature import Signature, examples_of, simulated_on
-from fzero.program.trace import Trace, trace_flat
+from fzero.ranks.peers import together
 
 logger = logging.getLogger(__name__)
 

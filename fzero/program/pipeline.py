@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fzero.program.memory import peak_bytes
+from fzero.program.agree.order import Order, with_order
+from fzero.program.graph.trace import Trace
 from fzero.program.options import Options
-from fzero.program.order import Order, with_order
 from fzero.program.passes.bucket import bucket
 from fzero.program.passes.dead import dead
 from fzero.program.passes.donate import donate
@@ -29,8 +29,8 @@ from fzero.program.passes.hoist import hoist
 from fzero.program.passes.overlap import overlap
 from fzero.program.passes.recompute import recompute
 from fzero.program.passes.schedule import schedule
-from fzero.program.trace import Trace
-from fzero.program.traffic import received_bytes
+from fzero.program.report.memory import peak_bytes
+from fzero.program.report.traffic import received_bytes
 
 Pass = Callable[[Trace, Options], Trace]
 

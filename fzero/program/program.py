@@ -15,20 +15,20 @@ from torch import Tensor, fx
 
 from fzero.display import html_of_program
 from fzero.marks import line_of
-from fzero.peers import compare
-from fzero.program.devices import Device, Estimate, estimate
+from fzero.program.agree.order import collectives, digest
 from fzero.program.failure import note_place
-from fzero.program.flops import flops_of
-from fzero.program.lower import Lowered
-from fzero.program.lowering import Late
-from fzero.program.memory import Memory, memory_of
-from fzero.program.order import collectives, digest
+from fzero.program.graph.settle import at_shapes
+from fzero.program.graph.sizes import Dim, Shapes
+from fzero.program.graph.trace import Trace
+from fzero.program.lower.choose import Late
+from fzero.program.lower.python import Lowered
 from fzero.program.pipeline import Stage
-from fzero.program.settle import at_shapes
-from fzero.program.sizes import Dim, Shapes
-from fzero.program.text import costs, stage_table, text_of
-from fzero.program.trace import Trace
-from fzero.program.traffic import Traffic, traffic_of
+from fzero.program.report.flops import flops_of
+from fzero.program.report.memory import Memory, memory_of
+from fzero.program.report.roofline import Device, Estimate, estimate
+from fzero.program.report.text import costs, stage_table, text_of
+from fzero.program.report.traffic import Traffic, traffic_of
+from fzero.ranks.peers import compare
 
 # Shapes of inputs for which a program knows what it sends, where that depends on them.
 _REMEMBERED = 64
@@ -140,10 +140,10 @@ class Program:
         return self._flops
 
     def estimate(self, device: str | Device, *, between: Collection[str] = ()) -> Estimate:
-        """Return how long one run takes at best: a roofline, see `fzero.program.devices`.
+        """Return how long one run takes at best: a roofline, see `fzero.program.report.roofline`.
 
         Args:
-            device: `"A100-80GB"`, `"H100"`, `"H200"`, `"B200"`, or a `fzero.program.devices.Device`.
+            device: `"A100-80GB"`, `"H100"`, `"H200"`, `"B200"`, or a `fzero.program.report.roofline.Device`.
             between: mesh axes whose neighbours stand in different nodes.
 
         Raises:

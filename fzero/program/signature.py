@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fzero import tree
 from fzero._torch import FakeTensor, FakeTensorMode
-from fzero.keyed import current_draw
-from fzero.layout import Sharded
-from fzero.program.absent import stand_in
-from fzero.program.sizes import order_of
+from fzero.program.graph.absent import stand_in
+from fzero.program.graph.sizes import order_of
+from fzero.random.keyed import current_draw
+from fzero.sharding.sharded import Sharded
 
 
 class Signature:

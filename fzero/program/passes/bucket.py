@@ -27,11 +27,11 @@ from torch import fx
 
 from fzero._torch import c10d
 from fzero.marks import marks_of
-from fzero.program.build import call, mode_of
+from fzero.program.graph.build import call, mode_of
+from fzero.program.graph.collectives import WAIT
+from fzero.program.graph.trace import Trace, copied
+from fzero.program.graph.values import Values, nbytes, precedences
 from fzero.program.options import Options
-from fzero.program.trace import Trace, copied
-from fzero.program.values import Values, nbytes, precedences
-from fzero.program.wire import WAIT
 
 _GATHER = c10d.all_gather_into_tensor.default
 _SCATTER = c10d.reduce_scatter_tensor.default

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import fx
 
 from fzero.operators import written_by
+from fzero.program.graph.trace import Trace, copied
 from fzero.program.options import Options
-from fzero.program.trace import Trace, copied
 
 
 def dead(trace: Trace, options: Options) -> Trace:

@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from fzero.kernels.in_place import IN_PLACE, targets_of
+from fzero.program.graph.trace import Trace, copied, results
+from fzero.program.graph.values import Values
 from fzero.program.options import Options
-from fzero.program.trace import Trace, copied, results
-from fzero.program.values import Values
 
 
 def donate(trace: Trace, options: Options) -> Trace:

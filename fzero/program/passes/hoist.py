@@ -14,13 +14,13 @@ from __future__ import annotations
 from torch import fx
 
 from fzero.marks import marks_of
-from fzero.program.loop import run_loop
+from fzero.program.graph.collectives import GATHERS, WAIT
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.loop import run_loop
+from fzero.program.graph.trace import Trace, copied
+from fzero.program.graph.values import Values
 from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
-from fzero.program.pieces import from_pieces
-from fzero.program.trace import Trace, copied
-from fzero.program.values import Values
-from fzero.program.wire import GATHERS, WAIT
 
 
 def hoist(trace: Trace, options: Options) -> Trace:

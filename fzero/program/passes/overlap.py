@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fzero.program.memory import inside_loops, live_bytes
+from fzero.program.agree.order import named
+from fzero.program.graph.collectives import ISSUES, WAIT, issue_of
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.trace import Trace, copied
+from fzero.program.graph.values import Values, precedences
 from fzero.program.options import Options
-from fzero.program.order import named
 from fzero.program.passes.bucket import reorder
-from fzero.program.pieces import from_pieces
-from fzero.program.trace import Trace, copied
-from fzero.program.values import Values, precedences
-from fzero.program.wire import ISSUES, WAIT, issue_of
+from fzero.program.report.memory import inside_loops, live_bytes
 
 # Reductions that may be under way at once.
 _UNDER_WAY = 8

@@ -30,14 +30,14 @@ from torch import Tensor, fx
 
 from fzero.marks import marks_of
 from fzero.operators import written_by
-from fzero.program.aliases import alias_of
-from fzero.program.build import call, mode_of
+from fzero.program.graph.aliases import alias_of
+from fzero.program.graph.build import call, mode_of
+from fzero.program.graph.collectives import GATHERS
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.trace import Trace, copied
+from fzero.program.graph.values import Values, nbytes
 from fzero.program.options import Options
 from fzero.program.passes.dead import sweep
-from fzero.program.pieces import from_pieces
-from fzero.program.trace import Trace, copied
-from fzero.program.values import Values, nbytes
-from fzero.program.wire import GATHERS
 
 # The nodes of one run through a block, in order.
 _Run = dict[fx.Node, None]

@@ -24,15 +24,15 @@ from collections.abc import Container
 from torch import fx
 
 from fzero.marks import marks_of
-from fzero.program.aliases import alias_of
-from fzero.program.memory import inside_loops, live_bytes
+from fzero.program.agree.order import chained
+from fzero.program.graph.aliases import alias_of
+from fzero.program.graph.collectives import ISSUES, WAIT
+from fzero.program.graph.gathers import from_pieces
+from fzero.program.graph.trace import Trace, copied
+from fzero.program.graph.values import Values, precedences
 from fzero.program.options import Options
-from fzero.program.order import chained
 from fzero.program.passes.bucket import reorder, sorted_by
-from fzero.program.pieces import from_pieces
-from fzero.program.trace import Trace, copied
-from fzero.program.values import Values, precedences
-from fzero.program.wire import ISSUES, WAIT
+from fzero.program.report.memory import inside_loops, live_bytes
 
 # What is taken out of turn: chains under the peak so far, all chains, or reductions and updates whatever they cost.
 _RULES = ("under the peak", "all", "by role")

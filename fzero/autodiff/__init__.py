@@ -1,0 +1,1 @@
+"""Gradients as pullbacks, and how much of the forward they keep."""

@@ -1,0 +1,1 @@
+"""What calls take: arguments in their range, names that are near, leaves by pattern; and how values print."""

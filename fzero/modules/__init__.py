@@ -1,0 +1,1 @@
+"""`nn.Module` as a function, and what its forward may do."""

@@ -1,0 +1,1 @@
+"""In which dtype state is stored, computed with, summed and scaled."""

@@ -1,0 +1,1 @@
+"""What ranks have to have in common to run a program together."""

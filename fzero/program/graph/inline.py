@@ -1,0 +1,31 @@
+"""A trace as part of another one that is being made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fzero._torch import function_modes_off, record_call
+from fzero.program.graph.loop import run_loop
+from fzero.program.graph.trace import Trace
+
+
+def inline(trace: Trace, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run a trace, before any pass, on the tensors of an outer trace, which records its operations with their marks."""
+    # The marks of the nodes say which line of the user's code they come from, not the one that calls this.
+    with function_modes_off():
+        results: list[Tensor] = _Inliner(trace.module).run(*inputs)
+    return results
+
+
+class _Inliner(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is not run_loop:
+            return super().run_node(n)
+        # A loop stays one node: its body is a graph of its own.
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        assert not kwargs, "a loop is recorded with positional arguments"
+        return record_call(run_loop, args, [torch.empty_like(x) for x in n.meta["val"]])

@@ -1,0 +1,1 @@
+"""The programs that a jitted function keeps, and which of them serves a call."""

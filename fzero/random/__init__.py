@@ -1,0 +1,1 @@
+"""Random bits as a function of seed, step, path and element."""

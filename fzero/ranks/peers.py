@@ -1,0 +1,195 @@
+"""Calls that all ranks make together: what they agree on first, and what they hear of each other's errors.
+
+A rank that raises never reaches the collective in which the others wait. So it leaves its error in the store, and the
+others raise that instead. And ranks that run different things would wait in different collectives. So before the first
+collective of a call they compare what they are about to run (`fzero.ranks.rounds`):
+
+    rank 1    raises ValueError   ──▶ store ──▶   leaves
+    rank 0    waits …  ──▶ PeerError: rank 1 raised ValueError
+
+    rank 1    step(state, batch)  ──▶ store ◀──   fz.gather(state)   rank 0        ProgramMismatchError on both
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch.distributed as dist
+
+from fzero._torch import get_proxy_mode, group_deadline
+from fzero.errors import PeerError, ProgramMismatchError
+from fzero.ranks.rounds import INSIDE, agree, world
+
+# Seconds before a call began within which another rank's error still counts as the cause of this one's.
+_WINDOW = 60.0
+
+# Differences that a message lists.
+_LISTED = 4
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class _Here(threading.local):
+    """Whether this thread is inside an eager call that all ranks have agreed on."""
+
+    agreed = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def together(call: str) -> Iterator[None]:
+    """Inside, this rank does what all ranks do. If it raises, the others are told; if another does, it is.
+
+    Args:
+        call: what is being done, for the message.
+
+    Raises:
+        PeerError: a collective failed, and another rank had raised.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    began, agreed = time.time(), world().agreed
+    try:
+        yield
+    except ProgramMismatchError:
+        raise
+    except Exception as error:
+        here = world()
+        if not isinstance(error, PeerError) and not _from_network(error):
+            here.tell(error, call)
+        if here.agreed > agreed and INSIDE not in getattr(error, "told_in", ()):
+            _failed_inside(error)
+        if isinstance(error, PeerError) or not _from_network(error):
+            raise
+        where = getattr(error, "waiting_in", "a collective")
+        told = here.told(since=began - _WINDOW) or [
+            f"  no other rank left an error: one is late by more than the {group_deadline():.0f} s that a collective "
+            f"waits, or ended outside of fzero.\n  {error}"
+        ]
+        lost = PeerError(f"{call}: rank {dist.get_rank()} waited in {where}.\n" + "\n".join(told))
+        lost.told_in = getattr(error, "told_in", ())  # type: ignore[attr-defined]
+        raise lost from error
+
+
+def _failed_inside(error: Exception) -> None:
+    """Note that the call on which all had agreed failed here; of an error of this rank's own the others hear."""
+    if isinstance(error, PeerError) or _from_network(error):
+        error.told_in = [*getattr(error, "told_in", ()), INSIDE]  # type: ignore[attr-defined]
+        world().failed[INSIDE] += 1
+    else:
+        world().tell(error, INSIDE)
+
+
+def collective(call: str, of: Callable[..., Sequence[str]]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function one that all ranks call together, and that they agree on before it runs.
+
+    Inside another such call, or inside a trace, it is part of that.
+
+    Args:
+        call: its name.
+        of: what its collectives depend on, as lines of text: a function of its arguments. No lines, no collectives.
+    """
+
+    def decorated(f: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(f)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not dist.is_initialized():
+                return f(*args, **kwargs)
+            with together(call):
+                lines = [] if _here.agreed or get_proxy_mode() is not None else of(*args, **kwargs)
+                if not lines:
+                    return f(*args, **kwargs)
+                digest = hashlib.sha256("\n".join((call, *lines)).encode()).hexdigest()[:32]
+                compare(digest, call, dict, lambda: [(line, None) for line in lines])
+                _here.agreed = True
+                try:
+                    return f(*args, **kwargs)
+                finally:
+                    _here.agreed = False
+
+        return run
+
+    return decorated
+
+
+def compare(
+    digest: str,
+    call: str,
+    arguments: Callable[[], Mapping[str, str]],
+    lines: Callable[[], Sequence[tuple[str, str | None]]],
+) -> None:
+    """Wait until all ranks are about to run the same.
+
+    Args:
+        digest: a hash of what this rank is about to run.
+        call: the call that it is for, such as `step (call 7)`.
+        arguments: path to dtype and shape, or to the constant that stands there.
+        lines: what there is to compare, and the place in the user's code that each line comes of.
+
+    Raises:
+        ProgramMismatchError: another rank is about to run something else, or nothing as long as a collective may wait.
+        PeerError: another rank raised in this call.
+    """
+
+    def reasons() -> bytes:
+        told = {"call": call, "arguments": dict(arguments()), "lines": list(lines())}
+        return zlib.compress(json.dumps(told).encode())
+
+    if different := agree(digest, call, reasons):
+        told = {rank: json.loads(zlib.decompress(reason)) for rank, reason in different.items()}
+        raise ProgramMismatchError(f"{call}: {_explained(told)}")
+
+
+def _from_network(error: Exception) -> bool:
+    """Whether a collective failed, not the code around it. gloo has no exception class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _explained(told: Mapping[int, dict[str, Any]]) -> str:
+    (first, a), (second, b) = told.items()
+    head = f"the ranks are about to run different things. Rank {first} calls {a['call']}, rank {second} {b['call']}"
+    rows = []
+    if a["lines"] != b["lines"]:
+        rows += [_different_line(a["lines"], b["lines"])]
+    rows += _different_arguments(a["arguments"], b["arguments"])
+    listed = [f"{path}: rank {first} has {mine}, rank {second} has {theirs}" for path, mine, theirs in rows[:_LISTED]]
+    more = [f"and {len(rows) - _LISTED} more"] if len(rows) > _LISTED else []
+    way_out = "Call the same function on every rank, and let no rank alone take a branch that uses other parameters."
+    return f"{'; '.join([head, *listed, *more])}. {way_out}"
+
+
+def _different_arguments(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    rows = []
+    for path in dict.fromkeys([*mine, *theirs]):
+        a, b = (_portable(side.get(path, "nothing")) for side in (mine, theirs))
+        if a != b:
+            short = [x.replace(" on cpu", "").replace(" on cuda", "") for x in (a, b)]
+            a, b = short if short[0] != short[1] else (a, b)
+            rows.append((path, a, b))
+    return rows
+
+
+def _portable(text: str) -> str:
+    """Return the description of an argument without the number of its device and addresses of objects."""
+    return re.sub(r"\b0x[0-9a-fA-F]+", "0x", re.sub(r" on (\w+):\d+", r" on \1", text))
+
+
+def _different_line(mine: list[list[Any]], theirs: list[list[Any]]) -> tuple[str, str, str]:
+    pairs = enumerate(itertools.zip_longest(mine, theirs, fillvalue=("nothing", None)), 1)
+    number, sides = next((n, (a, b)) for n, (a, b) in pairs if a[0] != b[0])
+    told = [f"`{text.strip()}`{f' ({place})' if place else ''}" for text, place in sides]
+    return f"collective {number}", told[0], told[1]

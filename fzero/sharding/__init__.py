@@ -1,0 +1,1 @@
+"""Where each leaf of a tree lives, and arithmetic on the pieces."""

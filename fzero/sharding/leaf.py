@@ -1,0 +1,183 @@
+"""One leaf: whole on every rank, and as the pieces that ranks hold.
+
+    leaf ──block_of──▶ block, flattened ──own_piece──▶ piece
+    leaf ◀───────────────────join──────────────────── pieces of all ranks
+    full gradients of all ranks ─────reduce_leaf─────▶ piece of their sum
+
+All are differentiable, and the same code on every rank: where the rank matters it is a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fzero._torch import is_functorch_wrapped
+from fzero.errors import LayoutError
+from fzero.ranks.collectives import all_gather, all_reduce, pad, reduce_scatter
+from fzero.ranks.mesh import Mesh
+
+# Leaves smaller than this many elements a rank are not worth a collective's latency.
+_WHOLE_BELOW = 16
+
+
+class P(tuple[str | None, ...]):
+    """The mesh axis that each dimension of a leaf is split over; `None` for a dimension kept whole.
+
+    Example:
+        >>> P("model", None)
+        P('model', None)
+    """
+
+    def __new__(cls, *axes: str | None) -> P:
+        if not all(axis is None or isinstance(axis, str) for axis in axes):
+            raise TypeError(f"fz.P: expected the name of a mesh axis, or None, for each dimension, got {axes!r}.")
+        return super().__new__(cls, axes)
+
+    def __getnewargs__(self) -> tuple[str | None, ...]:  # for pickle and copy, which would pass one tuple
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self))})"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one leaf is laid out: its full shape, its dimensions' axes, the axes its flat block is cut over."""
+
+    shape: tuple[int, ...]
+    split: P
+    cut: tuple[str, ...] = ()
+
+    def block_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        parts = [1 if axis is None else mesh.size(axis) for axis in self.split]
+        parts += [1] * (len(self.shape) - len(parts))
+        return tuple(size // n for size, n in zip(self.shape, parts, strict=True))
+
+    def block_numel(self, mesh: Mesh) -> int:
+        return math.prod(self.block_shape(mesh))
+
+    def piece_numel(self, mesh: Mesh) -> int:
+        return math.ceil(self.block_numel(mesh) / mesh.size(self.cut))
+
+
+def join(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Make a leaf whole from the ranks' pieces. Differentiable; may alias `piece` where nothing moves."""
+    if piece.ndim != 1:
+        raise LayoutError(
+            f"fz: expected a piece of one dimension of a leaf of shape {spec.shape}, got one of shape "
+            f"{tuple(piece.shape)}. Stacked trees are for torch.func.vmap, such as vmap(fz.gather)(stacked)."
+        )
+    leaf = join_block(piece, spec, mesh).reshape(spec.block_shape(mesh))
+    for dim, axis in enumerate(spec.split):
+        if axis is not None:
+            leaf = all_gather(leaf.movedim(dim, 0), mesh, axis).movedim(0, dim)
+    return leaf
+
+
+def join_block(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Make a flattened block whole from its pieces: what `own_piece` undoes."""
+    flat = piece
+    for axis in reversed(spec.cut):  # the last axis varies fastest, so its pieces are neighbours
+        flat = all_gather(flat, mesh, axis)
+    numel = spec.block_numel(mesh)
+    if flat.shape[0] == numel:
+        return flat
+    # What vmap batches would keep strides that skip the padding: those of no state that was stacked.
+    return flat[:numel].clone() if is_functorch_wrapped(flat) else flat[:numel]
+
+
+def piece_of(leaf: Tensor, spec: Spec, mesh: Mesh, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return this rank's piece of a leaf that every rank has whole, as `dtype`: a copy, and the only one made."""
+    flat, numel = block_of(leaf, spec, mesh), spec.piece_numel(mesh)
+    start = min(mesh.index(spec.cut) * numel, flat.shape[0])
+    part = flat[start : start + numel].to(dtype or leaf.dtype, copy=True)
+    return pad(part, numel)
+
+
+def block_of(leaf: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Return this rank's block of a whole leaf, flattened. May alias it."""
+    for dim, axis in enumerate(spec.split):
+        if axis is not None and mesh.size(axis) > 1:
+            leaf = _own_row(leaf.unflatten(dim, (mesh.size(axis), -1)), dim, mesh.index_tensor(axis))
+    return leaf.reshape(-1)
+
+
+def own_piece(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Return this rank's piece of a flattened block. May alias it where nothing is cut."""
+    ranks = mesh.size(spec.cut)
+    if ranks == 1:
+        return flat
+    numel = spec.piece_numel(mesh)
+    return _own_row(pad(flat, ranks * numel).view(ranks, numel), 0, mesh.index_tensor(spec.cut))
+
+
+def _own_row(rows: Tensor, dim: int, index: Tensor) -> Tensor:
+    # Picked by an index tensor, not a slice: a trace must be the same on every rank. An index of no dimensions would
+    # pick, under vmap, the row once for each row.
+    return rows.index_select(dim, index.reshape(1)).squeeze(dim)
+
+
+def placed_as(wanted: Spec, piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """Return a piece of a leaf that is cut by `spec` as the piece of another placement. One of the two has it whole.
+
+    In reverse mode the cotangent is placed back: it is that of one leaf too, and not, as through `join_block`, the sum
+    of what every rank makes of a leaf of its own.
+    """
+    return piece if spec.cut == wanted.cut else _PlacedAs.apply(piece, spec, wanted, mesh)
+
+
+class _PlacedAs(torch.autograd.Function):
+    @staticmethod
+    def forward(piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh) -> Tensor:
+        placed = own_piece(piece, wanted, mesh) if wanted.cut else join_block(piece, spec, mesh)
+        return placed.view_as(placed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.spec, ctx.wanted, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
+        return placed_as(ctx.spec, cotangent, ctx.wanted, ctx.mesh), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return placed_as(ctx.wanted, tangent, ctx.spec, ctx.mesh)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None, None], piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh
+    ) -> tuple[Tensor, int]:
+        return torch.func.vmap(lambda x: placed_as(wanted, x, spec, mesh), in_dims[0])(piece), 0
+
+
+def reduce_leaf(leaf: Tensor, spec: Spec, mesh: Mesh, *, axes: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+    """Sum a full leaf over the ranks of the data axes; return this rank's piece of the sum, as `dtype`.
+
+    Reduce-scatters over the axes that cut the leaf, outermost first so that later wires carry less; then
+    all-reduces the piece over the axes that hold copies.
+    """
+    flat = block_of(leaf, spec, mesh)
+    if mesh.size(spec.cut) > 1:
+        flat = pad(flat, mesh.size(spec.cut) * spec.piece_numel(mesh))
+    for axis in spec.cut:
+        flat = reduce_scatter(flat, mesh, axis, dtype=dtype)
+    for axis in axes:
+        if axis not in spec.cut:
+            flat = all_reduce(flat, mesh, axis, dtype=dtype)
+    return flat.to(dtype)
+
+
+def cut_axes(spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes that a leaf is cut over where the layout says `axes`: none for a small one."""
+    return axes if spec.block_numel(mesh) >= _WHOLE_BELOW * mesh.size(axes) else ()
+
+
+def scaled(leaf: Tensor, factor: Tensor) -> Tensor:
+    """Return the value of a gradient leaf, multiplied in at least float32."""
+    return (leaf.to(torch.promote_types(leaf.dtype, torch.float32)) * factor).to(leaf.dtype)

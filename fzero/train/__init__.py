@@ -1,0 +1,1 @@
+"""The state of training, and the step that makes the next one."""
