@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.in_place import transformed
 from fzero.kernels.rounding import jit, tl
 from fzero.kernels.storage import Stored, load
-from fzero.kernels.transformed import transformed
 
 # Elements that a CPU converts at a time.
 CHUNK = 1 << 20

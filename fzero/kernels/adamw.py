@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.reference import LeafState
 from fzero.kernels.rounding import is_finite, jit, tl
-from fzero.kernels.update import LeafState, Update, define
+from fzero.kernels.update import Update, define
 
 
 def adamw(
@@ -93,7 +94,7 @@ def adamw_scalars(
 def adamw_formula(
     values: Sequence[Tensor], g: Tensor, scalars: Tensor, *, compiled: bool, b1: float, b2: float, eps: float
 ) -> tuple[list[Tensor], Tensor]:
-    """AdamW in plain torch operations, see `fzero.kernels.update.Formula`."""
+    """AdamW in plain torch operations, see `fzero.kernels.reference.Formula`."""
     p, first, second = values
     decay, step_size, correction, factor = scalars.unbind()
     gradient = g.float() * factor

@@ -1,11 +1,13 @@
-"""Which op is the in-place form of which, and what it overwrites. Update kernels register theirs."""
+"""Which op is the in-place form of which, and when no op may be called. Update kernels register theirs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from fzero import _torch
 
 # Op that returns new tensors -> (op that overwrites, positions of the arguments it overwrites, in the order of the
 # results of the first). Of an argument that is a list all elements are overwritten.
@@ -36,3 +38,9 @@ def targets_of(node: fx.Node) -> list[fx.Node]:
         many = argument if isinstance(argument, list | tuple) else (argument,)
         found += [target for target in many if isinstance(target, fx.Node)]
     return found
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether derivatives or a batch axis are wanted, which the ops do not give and their references do."""
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return tracked or any(_torch.is_functorch_wrapped(t) for t in tensors)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.reference import LeafState
 from fzero.kernels.rounding import is_finite, jit, tl
-from fzero.kernels.update import LeafState, Update, define
+from fzero.kernels.update import Update, define
 
 
 def lion(
@@ -65,7 +66,7 @@ def lion_scalars(step: Tensor, lr: float | Tensor, weight_decay: float, factor: 
 def lion_formula(
     values: Sequence[Tensor], g: Tensor, scalars: Tensor, *, compiled: bool, b1: float, b2: float
 ) -> tuple[list[Tensor], Tensor]:
-    """Lion in plain torch operations, see `fzero.kernels.update.Formula`."""
+    """Lion in plain torch operations, see `fzero.kernels.reference.Formula`."""
     p, m = values
     decay, lr, factor = scalars.unbind()
     gradient = g.float() * factor

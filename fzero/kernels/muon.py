@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.reference import LeafState
 from fzero.kernels.rounding import is_finite, jit, tl
-from fzero.kernels.update import LeafState, Update, define
+from fzero.kernels.update import Update, define
 from fzero.random.bits import fold
 
 # Coefficients of the quintic iteration, and the least norm that a matrix is divided by.
@@ -66,7 +67,7 @@ def momentum(
 def momentum_formula(
     values: Sequence[Tensor], g: Tensor, scalars: Tensor, *, compiled: bool, decay: float, nesterov: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Momentum in plain torch operations, see `fzero.kernels.update.Formula`."""
+    """Momentum in plain torch operations, see `fzero.kernels.reference.Formula`."""
     (factor,) = scalars.unbind()
     gradient = g.float() * factor
     mean = values[1] + (gradient - values[1]) * (1 - decay)

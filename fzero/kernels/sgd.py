@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.reference import LeafState
 from fzero.kernels.rounding import is_finite, jit, tl
-from fzero.kernels.update import LeafState, Update, define
+from fzero.kernels.update import Update, define
 
 
 def sgd(
@@ -70,7 +71,7 @@ def sgd_scalars(step: Tensor, lr: float | Tensor, weight_decay: float, factor: f
 def sgd_formula(
     values: Sequence[Tensor], g: Tensor, scalars: Tensor, *, compiled: bool, momentum: float, nesterov: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Stochastic gradient descent in plain torch operations, see `fzero.kernels.update.Formula`."""
+    """Stochastic gradient descent in plain torch operations, see `fzero.kernels.reference.Formula`."""
     p, *velocities = values
     lr, weight_decay, factor = scalars.unbind()
     gradient = g.float() * factor

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from fzero.kernels.in_place import transformed
 from fzero.kernels.rounding import jit, tl
-from fzero.kernels.transformed import transformed
 
 # Elements whose squares are added in float32; further up the sum is one of float64. One thread adds them, so the bits
 # of the sum do not depend on the number of threads.

@@ -21,18 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero.kernels.checks import check
-from fzero.kernels.compiled import run_in_place
-from fzero.kernels.in_place import register
+from fzero.kernels.in_place import register, transformed
 from fzero.kernels.launch import launch
-from fzero.kernels.storage import BLOCK, Stored, blocks_of, draws, grouped, is_quantized, load, store
-from fzero.kernels.transformed import transformed
-from fzero.random import bits as random
-from fzero.random.bits import signed
+from fzero.kernels.reference import Formula, LeafState, reference, run_leaf
+from fzero.kernels.storage import blocks_of, grouped, is_quantized
 
-LeafState = Sequence[Tensor]
-# (values, gradient as it came, scalars, compiled=, **statics) -> new values, and which elements to change.
-Formula = Callable[..., tuple[list[Tensor], Tensor]]
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # (update, out, state, grads, scalars, keys, offsets, *statics, stochastic)
 Write = Callable[..., None]
 
@@ -73,7 +68,7 @@ class Update:
         **statics: Any,
     ) -> list[tuple[Tensor, ...]]:
         """Return new states, one for each leaf; see the kernel's public function."""
-        check(self, states, grads, scalars, keys, offsets)
+        _check(self, states, grads, scalars, keys, offsets)
         state = [x for leaf in states for x in leaf]
         numbers = [statics[name] for name in self.statics]
         if transformed(*state, *grads, scalars, keys, offsets):
@@ -93,91 +88,6 @@ class Update:
                 f"{self.name}: a state of 8-bit codes has no derivatives and no batch axis; under grad, vjp, jvp and "
                 f"vmap keep moments in float32, bfloat16 or float16."
             )
-
-
-def reference(
-    formula: Formula,
-    state: LeafState,
-    g: Tensor,
-    scalars: Tensor,
-    keys: Tensor,
-    offset: Tensor,
-    stochastic: bool,
-    compiled: bool = False,
-    **statics: Any,
-) -> list[Tensor]:
-    """Return the new state of one leaf, in plain torch operations: what a kernel computes.
-
-    Args:
-        formula: of the kernel.
-        state: its tensors, 1-D; or (rows, 128), with scales of shape (rows,).
-        g: gradient: shape of the parameter.
-        scalars: float32, from the kernel's function for them.
-        keys: int32 of shape (2,).
-        offset: int32, 0-d: index of element 0.
-        stochastic: how to round.
-        compiled: whether Inductor traces it, see `fzero.kernels.compiled.run_in_place`.
-        **statics: of the formula.
-    """
-    stored = grouped(state)
-    new, ok = formula([load(x) for x in stored], g, scalars, compiled=compiled, **statics)
-    noise = _noise(keys, offset, g) if stochastic and any(map(draws, stored)) else [None] * 3
-    results: list[Tensor] = []
-    for value, old, noise16 in zip(new, stored, noise, strict=False):
-        results += store(value, old, ok, noise16)
-    return results
-
-
-def _noise(keys: Tensor, offset: Tensor, like: Tensor) -> Sequence[Tensor | None]:
-    word = random.bits(keys, offset, like.numel()).view(like.shape)
-    return word & 0xFFFF, random.shift_right(word, 16), random.remix(word) & 0xFFFF
-
-
-def update_in_place(
-    *tensors: Tensor, formula: Formula, stochastic: bool, compiled: bool = False, **statics: Any
-) -> None:
-    """Overwrite a leaf's state by what `reference` returns. `tensors` are the state, then `g` to `offset` there."""
-    *state, g, scalars, keys, offset = tensors
-    new = reference(formula, state, g, scalars, keys, offset, stochastic, compiled, **statics)
-    for old, x in zip(state, new, strict=True):
-        old.copy_(x)
-
-
-def _run_leaf(
-    update: Update, state: LeafState, g: Tensor, scalars: Tensor, keys: Tensor, offset: Tensor, statics: dict[str, Any]
-) -> None:
-    """Overwrite the state of one leaf."""
-    stored = grouped(state)
-    # float32 throughout draws nothing: one program for both flags.
-    statics = statics | {"formula": update.formula, "stochastic": statics["stochastic"] and any(map(draws, stored))}
-    if g.is_cuda:
-        update_in_place(*state, g, scalars, keys, offset, **statics)
-        return
-    if not any(map(is_quantized, stored)):
-        run_in_place(update_in_place, (*state, g), (scalars, keys), offset, **statics)
-        return
-    rows, tail = divmod(g.shape[0], BLOCK)
-    whole = rows * BLOCK
-    run_in_place(
-        update_in_place,
-        [*_by_rows(stored, 0, whole), g[:whole].view(-1, BLOCK)], (scalars, keys), offset, **statics,
-    )  # fmt: skip
-    if tail:
-        parts = [*_by_rows(stored, whole, whole + tail), g[whole:].view(1, tail)]
-        update_in_place(*parts, scalars, keys, offset + signed(whole), **statics)
-
-
-def _by_rows(stored: Sequence[Stored], start: int, stop: int) -> list[Tensor]:
-    """Return a range of a leaf's state with a row for each block, its last row cut if the range ends in it."""
-    width = min(BLOCK, stop - start) or BLOCK
-    parts: list[Tensor] = []
-    for value in stored:
-        x, *rest = value
-        parts.append(x[start:stop].view(-1, width))
-        for other in rest:
-            scales = other[start // BLOCK : blocks_of(stop)]
-            parts.append(scales if is_quantized(value) else other[start:stop].view(-1, width))
-    return parts
 
 
 def define(update: Update) -> None:
@@ -243,10 +153,85 @@ def _write_leaf_by_leaf(
             new.copy_(old)
     named = dict(zip((*update.statics, "stochastic"), statics, strict=True))
     for leaf, g, key, offset in zip(leaves_of(out, len(grads)), grads, keys.unbind(), offsets.unbind(), strict=True):
-        _run_leaf(update, leaf, g, scalars, key, offset, named)
+        run_leaf(update.formula, leaf, g, scalars, key, offset, named)
 
 
 def leaves_of(state: list[Tensor], count: int) -> list[list[Tensor]]:
     """Return the tensors of `count` leaves, leaf by leaf."""
     size = len(state) // max(1, count)
     return [state[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _check(
+    update: Update,
+    states: Sequence[LeafState],
+    grads: Sequence[Tensor],
+    scalars: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+) -> None:
+    """Refuse what the kernel does not take.
+
+    Args:
+        update: the kernel.
+        states: for each leaf its state.
+        grads: for each leaf its gradient.
+        scalars: what all leaves share.
+        keys: int32 of shape (leaves, 2).
+        offsets: int32 of shape (leaves,).
+
+    Raises:
+        ValueError: a shape, a device or a layout in memory.
+        TypeError: a dtype.
+    """
+    call, count = update.name, len(states)
+    if len(grads) != count:
+        raise ValueError(f"{call}: {count} states and {len(grads)} gradients. Pass one gradient for each leaf.")
+    for name, tensor, dtype, shape in (
+        ("scalars", scalars, torch.float32, (update.scalars,)),
+        ("keys", keys, torch.int32, (count, 2)),
+        ("offsets", offsets, torch.int32, (count,)),
+    ):
+        _check_tensor(f"{call}: {name}", tensor, (dtype,), shape, scalars.device)
+    for i, (leaf, g) in enumerate(zip(states, grads, strict=True)):
+        if [x.dtype for x in (*leaf, g)] != [x.dtype for x in (*states[0], grads[0])]:
+            raise TypeError(
+                f"{call}: leaf {i} has dtypes {[x.dtype for x in (*leaf, g)]} and leaf 0 "
+                f"{[x.dtype for x in (*states[0], grads[0])]}. Update leaves of other dtypes by another call."
+            )
+        _check_leaf(update, i, leaf, g, scalars.device)
+
+
+def _check_leaf(update: Update, index: int, leaf: LeafState, g: Tensor, device: torch.device) -> None:
+    call, of = update.name, f"of leaf {index}"
+    stored = grouped(leaf)
+    if not len(update.values) - update.optional <= len(stored) <= len(update.values) or is_quantized(stored[0]):
+        raise TypeError(
+            f"{call}: the state {of} has dtypes {[x.dtype for x in leaf]}, expected those of "
+            f"{', '.join(update.values)}, each float32, bfloat16 or float16, bfloat16 and an int16 remainder, or, but "
+            f"for p, int8 or uint8 and float32 scales."
+        )
+    p = leaf[0]
+    if p.ndim != 1:
+        raise ValueError(f"{call}: p {of} has shape {tuple(p.shape)}, expected one dimension. Pass p.flatten().")
+    length = p.shape[0]
+    for name, value in zip(update.values, stored, strict=False):
+        _check_tensor(f"{call}: {name} {of}", value[0], (value[0].dtype,), (length,), device)
+        if len(value) == 2:
+            what, size = ("scales", blocks_of(length)) if is_quantized(value) else ("remainder", length)
+            _check_tensor(f"{call}: the {what} of {name} {of}", value[1], (value[1].dtype,), (size,), device)
+    _check_tensor(f"{call}: the gradient {of}", g, GRADIENT_DTYPES, (length,), device)
+
+
+def _check_tensor(
+    what: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{what} has dtype {tensor.dtype}, expected {expected}. Cast it first.")
+    if tensor.shape != shape:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shape}.")
+    if tensor.device != device:
+        raise ValueError(f"{what} is on {tensor.device}, the scalars on {device}. Move it there.")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{what} is not contiguous. Pass it through .contiguous().")

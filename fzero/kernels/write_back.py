@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.reference import LeafState
 from fzero.kernels.rounding import is_finite, jit, tl
-from fzero.kernels.update import LeafState, Update, define
+from fzero.kernels.update import Update, define
 
 
 def write_back(
@@ -62,7 +63,7 @@ def write_back_scalars(step_size: Tensor, lr: Tensor, weight_decay: float) -> Te
 def write_back_formula(
     values: Sequence[Tensor], direction: Tensor, scalars: Tensor, *, compiled: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """The write-back in plain torch operations, see `fzero.kernels.update.Formula`."""
+    """The write-back in plain torch operations, see `fzero.kernels.reference.Formula`."""
     decay, step_size = scalars.unbind()
     along = direction.float()
     return [values[0] * decay - step_size * along], torch.isfinite(along)

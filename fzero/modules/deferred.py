@@ -69,9 +69,7 @@ class Deferred:
             ValueError: there is no such leaf.
         """
         if path not in self._sources:
-            raise ValueError(
-                f"fzero.modules.deferred: there is no leaf {path!r}; the model has {', '.join(self.paths)}."
-            )
+            raise ValueError(f"deferred: there is no leaf {path!r}; the model has {', '.join(self.paths)}.")
         return self._recorder.values(self._sources[path], device)
 
 
@@ -104,7 +102,7 @@ def deferred(factory: Callable[[], nn.Module], seed: int = 0) -> Deferred:
     with _random_state_kept(seed), recording(recorder):
         module = factory()
     if not isinstance(module, nn.Module):
-        raise TypeError(f"fzero.modules.deferred: the factory must return an nn.Module, got {type(module).__name__}.")
+        raise TypeError(f"deferred: the factory must return an nn.Module, got {type(module).__name__}.")
 
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     leaves: dict[str, Tensor] = {**parameters, **buffers}

@@ -260,8 +260,8 @@ def recording(recorder: Recorder) -> Iterator[None]:
         # The user's factory may raise these by itself: the note says what else may be behind them, and all pass on.
         if not isinstance(error, FzeroError):
             error.add_note(
-                "This came while fzero.modules.deferred ran the factory without values. If the factory needs values in a way "
-                "that cannot be recorded, build the module and pass its parameters as a tree."
+                "This came while fz.init ran the factory without values. If the factory needs values in a way that "
+                "cannot be recorded, build the module and pass its parameters as a tree."
             )
         raise
 
@@ -285,13 +285,13 @@ def _creates(func: OpOverload, kwargs: dict[str, Any]) -> bool:
 def on_meta(what: str) -> TraceError:
     """The error of a factory that asks for the meta device itself."""
     return TraceError(
-        f"fzero.modules.deferred: {what} is on the meta device, where tensors have no values to be made later. "
+        f"deferred: {what} is on the meta device, where tensors have no values to be made later. "
         f"Drop torch.device('meta'): nothing is allocated for the parameters in any case."
     )
 
 
 def _unrecordable(func: OpOverload, reason: str) -> TraceError:
     return TraceError(
-        f"fzero.modules.deferred: the factory calls {func}, which cannot be recorded: {reason}. "
+        f"deferred: the factory calls {func}, which cannot be recorded: {reason}. "
         f"Build the module and pass its parameters as a tree instead."
     )

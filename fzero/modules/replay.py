@@ -41,7 +41,7 @@ class View:
     def at(t: Tensor) -> View:
         if t.is_conj() or t.is_neg():
             raise TraceError(
-                "fzero.modules.deferred: a conjugated or negated view cannot be recorded. Write .resolve_conj() or "
+                "deferred: a conjugated or negated view cannot be recorded. Write .resolve_conj() or "
                 ".resolve_neg() behind it in the factory, or build the module and pass its parameters as a tree."
             )
         return View(t.untyped_storage(), t.dtype, t.shape, t.stride(), int(t.storage_offset()))

@@ -17,7 +17,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from fzero.program.agree.order import Order, with_order
 from fzero.program.graph.trace import Trace
@@ -30,32 +29,12 @@ from fzero.program.passes.overlap import overlap
 from fzero.program.passes.recompute import recompute
 from fzero.program.passes.schedule import schedule
 from fzero.program.report.memory import peak_bytes
+from fzero.program.report.stage import Stage
 from fzero.program.report.traffic import received_bytes
 
 Pass = Callable[[Trace, Options], Trace]
 
 PASSES: tuple[Pass, ...] = (dead, recompute, hoist, bucket, schedule, overlap, donate)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A program after one pass.
-
-    Attributes:
-        name: the pass; `"trace"` for what came in.
-        peak: the most bytes alive at once on this rank, what is at rest included.
-        received: bytes that this rank receives.
-        nodes: operations, those of loop bodies counted once.
-        collectives: calls of collectives, those in loop bodies once a round.
-        seconds: what the pass took.
-    """
-
-    name: str
-    peak: int
-    received: int
-    nodes: int
-    collectives: int
-    seconds: float
 
 
 def run_passes(trace: Trace, options: Options, order: Order | None = None) -> tuple[Trace, tuple[Stage, ...]]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from fzero.display import html_of_program
+from fzero.display.html import html_of_program
 from fzero.marks import line_of
 from fzero.program.agree.order import collectives, digest
 from fzero.program.failure import note_place
@@ -22,10 +22,10 @@ from fzero.program.graph.sizes import Dim, Shapes
 from fzero.program.graph.trace import Trace
 from fzero.program.lower.choose import Late
 from fzero.program.lower.python import Lowered
-from fzero.program.pipeline import Stage
 from fzero.program.report.flops import flops_of
 from fzero.program.report.memory import Memory, memory_of
 from fzero.program.report.roofline import Device, Estimate, estimate
+from fzero.program.report.stage import Stage
 from fzero.program.report.text import costs, stage_table, text_of
 from fzero.program.report.traffic import Traffic, traffic_of
 from fzero.ranks.peers import compare

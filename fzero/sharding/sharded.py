@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero import display, tree
+from fzero import tree
 from fzero._torch import FakeTensor, torch_pytree
 from fzero.calls import shown
 from fzero.calls.arguments import named
 from fzero.calls.chosen import chosen, pruned
+from fzero.display.html import html_of
+from fzero.display.listing import of_sharded
+from fzero.display.text import text_of
 from fzero.errors import LayoutError, MeshError
 from fzero.precision.policy import Policy
 from fzero.ranks.collectives import all_gather
@@ -219,10 +222,10 @@ class Sharded:
         return Sharded(tuple(self.pieces[i] for i in indices), self.placement.select(indices), self.factor)
 
     def __repr__(self) -> str:
-        return display.text_of(display.of_sharded(self))
+        return text_of(of_sharded(self))
 
     def _repr_html_(self) -> str:
-        return display.html_of(display.of_sharded(self))
+        return html_of(of_sharded(self))
 
 
 def shard(tree: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = None) -> Sharded:

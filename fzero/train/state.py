@@ -18,12 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fzero import display, tree
+from fzero import tree
 from fzero._torch import torch_pytree
 from fzero.autodiff.accumulate import accumulate
 from fzero.autodiff.open import Primal
 from fzero.autodiff.vjp import value_and_grad
 from fzero.calls.arguments import named, whole
+from fzero.display.html import html_of
+from fzero.display.listing import of_state
+from fzero.display.text import text_of
 from fzero.optim.base import Optimizer
 from fzero.optim.norm import measure
 from fzero.optim.pair import check_pair
@@ -105,10 +108,10 @@ class State:
         return dataclasses.replace(self, seed=fold(self.seed, index))
 
     def __repr__(self) -> str:
-        return display.text_of(display.of_state(self))
+        return text_of(of_state(self))
 
     def _repr_html_(self) -> str:
-        return display.html_of(display.of_state(self))
+        return html_of(of_state(self))
 
 
 @named("fz.init")

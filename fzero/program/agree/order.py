@@ -19,7 +19,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -50,24 +49,6 @@ def digest(function: str, trace: Trace) -> str:
     """Return a hash of a function's name and its program's collectives; nothing where it holds none."""
     names = [name for name, _ in collectives(trace)]
     return hashlib.sha256("\n".join((function, *names)).encode()).hexdigest()[:32] if names else ""
-
-
-def sends_open_sizes(trace: Trace) -> bool:
-    """Return whether a trace that is made with symbols has collectives of which a size is open."""
-    nodes = [node for _, node in collectives(trace) if node.target is not run_loop]
-    values = (x for node in nodes for source in node.all_input_nodes for x in _sizes_in(source.meta.get("val")))
-    return any(isinstance(x, torch.SymInt) for x in values)
-
-
-def _sizes_in(value: Any) -> Iterator[Any]:
-    """Yield the sizes in a value: itself, or those of tensors."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _sizes_in(part)
-    elif isinstance(value, Tensor):
-        yield from value.shape
-    else:
-        yield value
 
 
 def named(trace: Trace) -> list[tuple[str, fx.Node]]:

@@ -16,7 +16,7 @@ of another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,18 @@ from torch.fx.node import map_arg
 
 from fzero._torch import FakeTensorMode, python_of
 from fzero.errors import TraceError
-from fzero.program.agree.order import sends_open_sizes
 from fzero.program.graph.aliases import alias_of
+from fzero.program.graph.collectives import is_collective
 from fzero.program.graph.loop import part_of, run_loop
 from fzero.program.graph.sizes import SizeOf, Symbols
-from fzero.program.graph.trace import Trace, copied, results, with_graph
+from fzero.program.graph.trace import Trace, attribute, copied, results, with_graph
 from fzero.program.graph.walk import body_of
-from fzero.program.lower.python import attribute
 
 
 def settled(trace: Trace, symbols: Symbols) -> Trace:
     """Return a trace that was made with these symbols as the passes take it."""
     sizes = {symbol: dim for dim, symbol in symbols.symbols.items()}
-    open_sizes = dataclasses.replace(symbols.sizes_of(), sent=sends_open_sizes(trace))
+    open_sizes = dataclasses.replace(symbols.sizes_of(), sent=_sends_open_sizes(trace))
     trace = _settled(trace, symbols, sizes).replace(sizes=open_sizes)
     return at_shapes(trace, symbols.shapes)
 
@@ -173,3 +172,21 @@ def _looped(body: Trace, loop: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[
 
 def _fresh(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _sends_open_sizes(trace: Trace) -> bool:
+    """Return whether a trace that is made with symbols has collectives of which a size is open."""
+    nodes = [node for node in trace.module.graph.nodes if is_collective(node)]
+    values = (x for node in nodes for source in node.all_input_nodes for x in _sizes_in(source.meta.get("val")))
+    return any(isinstance(x, torch.SymInt) for x in values) or any(map(_sends_open_sizes, trace.bodies.values()))
+
+
+def _sizes_in(value: Any) -> Iterator[Any]:
+    """Yield the sizes in a value: itself, or those of tensors."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _sizes_in(part)
+    elif isinstance(value, Tensor):
+        yield from value.shape
+    else:
+        yield value

@@ -220,3 +220,11 @@ def _named(module: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
     record_aliases(graph)
     return _Uncompiled(module, graph)
+
+
+def attribute(module: fx.GraphModule, path: str) -> Any:
+    """Return what a `get_attr` node of a graph stands for."""
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

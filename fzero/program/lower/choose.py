@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fzero.program.graph.trace import Trace
+from fzero.program.graph.trace import Trace, attribute
 from fzero.program.lower.cudagraph import lower_cudagraph
 from fzero.program.lower.inductor import lower_inductor
-from fzero.program.lower.python import Lowered, attribute, lower_graph
+from fzero.program.lower.python import Lowered, lower_graph
 from fzero.program.options import Lower, Options
 
 

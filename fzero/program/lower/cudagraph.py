@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fzero._torch import holders_of, storage_id
-from fzero.program.graph.trace import Trace
-from fzero.program.lower.python import Lowered, attribute, lower_graph
+from fzero.program.graph.trace import Trace, attribute
+from fzero.program.lower.python import Lowered, lower_graph
 
 
 def lower_cudagraph(trace: Trace) -> Lowered:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from fzero._torch import standalone_compile_static
-from fzero.program.graph.trace import Trace
-from fzero.program.lower.python import Lowered, attribute, lower_graph
+from fzero.program.graph.trace import Trace, attribute
+from fzero.program.lower.python import Lowered, lower_graph
 
 SETTINGS = {
     "reorder_for_locality": False,  # the order is ours: memory and overlap were decided in the passes

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from fzero._torch import OpOverload
 from fzero.program.graph.sizes import is_size
-from fzero.program.graph.trace import Trace
+from fzero.program.graph.trace import Trace, attribute
 from fzero.program.lower.quickest import quickest
 
 Lowered = Callable[[list[Tensor]], list[Tensor]]
@@ -152,14 +152,6 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         seen.update(here)
         dying[user] = here
     return dying
-
-
-def attribute(module: fx.GraphModule, path: str) -> Any:
-    """Return what a `get_attr` node of a graph stands for."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _target_name(target: Any) -> str:

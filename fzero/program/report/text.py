@@ -20,10 +20,10 @@ from fzero.program.graph.collectives import ISSUES
 from fzero.program.graph.loop import run_loop
 from fzero.program.graph.trace import Trace, results
 from fzero.program.graph.walk import body_of, rounds_of
-from fzero.program.pipeline import Stage
 from fzero.program.report.flops import flops_of
 from fzero.program.report.memory import Memory, memory_of
 from fzero.program.report.origins import Origin, origins_of
+from fzero.program.report.stage import Stage
 from fzero.program.report.traffic import Traffic, message_of, traffic_of
 
 _INDENT = "    "
