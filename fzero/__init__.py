@@ -65,14 +65,14 @@ from fzero.sharding.algebra import scale as scale
 from fzero.sharding.directions import like as like
 from fzero.sharding.directions import random_like as random_like
 from fzero.sharding.directions import zeros_like as zeros_like
+from fzero.sharding.layout import Layout as Layout
+from fzero.sharding.layout import zero as zero
 from fzero.sharding.leaf import P as P
 from fzero.sharding.named import named as named
 from fzero.sharding.picture import visualize as visualize
-from fzero.sharding.sharded import Layout as Layout
 from fzero.sharding.sharded import Sharded as Sharded
 from fzero.sharding.sharded import gather as gather
 from fzero.sharding.sharded import shard as shard
-from fzero.sharding.sharded import zero as zero
 from fzero.train.ema import ema as ema
 from fzero.train.padding import pad_to as pad_to
 from fzero.train.state import State as State

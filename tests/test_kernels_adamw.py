@@ -13,8 +13,8 @@ from torch import Tensor
 from fzero import _torch
 from fzero.kernels import compiled
 from fzero.kernels.adamw import adamw, adamw_formula, adamw_scalars
+from fzero.kernels.reference import reference
 from fzero.kernels.storage import join_master, split_master
-from fzero.kernels.update import reference
 from fzero.random.bits import leaf_keys
 from tests.test_kernels_update import (
     assert_same_bits,

@@ -15,9 +15,10 @@ from fzero.kernels import compiled
 from fzero.kernels.adamw import ADAMW, adamw, adamw_scalars
 from fzero.kernels.launch import BLOCK, BLOCKS, launch, programs_of
 from fzero.kernels.lion import LION, lion_scalars
+from fzero.kernels.reference import reference
 from fzero.kernels.sgd import SGD, sgd_scalars
 from fzero.kernels.storage import encode, grouped, is_quantized, load, split_master
-from fzero.kernels.update import Update, leaves_of, reference
+from fzero.kernels.update import Update, leaves_of
 from fzero.random.bits import leaf_keys
 from tests import triton_process
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import fzero as fz
 from fzero import tree
 from fzero.sharding.leaf import reduce_leaf
-from fzero.sharding.sharded import place
+from fzero.sharding.placement import place
 from tests import world
 
 STAGES = (0, 1, 2, 3)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fzero import tree
 from fzero.program.graph.loop import Kind
-from fzero.sharding.sharded import Placement, Sharded
+from fzero.sharding.placement import Placement
+from fzero.sharding.sharded import Sharded
 
 
 @dataclass(frozen=True)

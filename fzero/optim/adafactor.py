@@ -37,7 +37,8 @@ from fzero.optim.norm import Squares
 from fzero.ranks.collectives import all_reduce
 from fzero.ranks.mesh import Mesh
 from fzero.sharding.leaf import P, Spec
-from fzero.sharding.sharded import Placement, Sharded
+from fzero.sharding.placement import Placement
+from fzero.sharding.sharded import Sharded
 
 Axes = tuple[str, ...]
 

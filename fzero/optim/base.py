@@ -32,9 +32,11 @@ from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
 from fzero.random.bits import fold, signed, step_keys
 from fzero.ranks.mesh import Mesh
+from fzero.sharding.layout import zero
 from fzero.sharding.leaf import Spec, join_block, own_piece
 from fzero.sharding.parameters import check_updated
-from fzero.sharding.sharded import Sharded, place, zero
+from fzero.sharding.placement import place
+from fzero.sharding.sharded import Sharded
 
 Rate = float | Callable[[Tensor], Tensor]
 Mask = Callable[[str], bool]

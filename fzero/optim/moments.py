@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fzero.kernels.storage import blocks_of
 from fzero.sharding.leaf import P, Spec
-from fzero.sharding.sharded import Placement, Sharded
+from fzero.sharding.placement import Placement
+from fzero.sharding.sharded import Sharded
 
 # Leaves under this many elements are not quantized: they weigh little, and a block would be most of a leaf.
 MIN_QUANTIZED = 1024

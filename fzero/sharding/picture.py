@@ -58,7 +58,8 @@ def visualize(x: Any, *, ranks: int = 8, names: int = 8) -> Picture:
 
     Example:
         >>> import torch
-        >>> from fzero.sharding.sharded import shard, zero
+        >>> from fzero.sharding.layout import zero
+        >>> from fzero.sharding.sharded import shard
         >>> from fzero.ranks.mesh import make_mesh
         >>> print(visualize(shard({"w": torch.ones(64, 8)}, make_mesh(data=4, simulate=True), zero(3))))
         1 leaf over data=4, simulated: a rank holds 512 B of 2.00 KiB

@@ -21,9 +21,12 @@ from fzero.modules.functional import functional
 from fzero.modules.labels import warn_of_frozen
 from fzero.precision.policy import Policy
 from fzero.ranks.mesh import Mesh
+from fzero.sharding.alike import check_agreement, check_leaves
+from fzero.sharding.layout import Layout
 from fzero.sharding.leaf import piece_of
 from fzero.sharding.parameters import check_updated
-from fzero.sharding.sharded import Layout, Placement, Sharded, check_agreement, check_leaves, place
+from fzero.sharding.placement import Placement, place
+from fzero.sharding.sharded import Sharded
 
 # The pieces of parameters, and under a policy that splits masters the remainders of those.
 Cut = tuple[Sharded, Sharded | None]

@@ -37,7 +37,8 @@ from fzero.random.bits import fold, signed
 from fzero.ranks.collectives import all_reduce
 from fzero.ranks.mesh import Mesh, make_mesh
 from fzero.ranks.peers import collective
-from fzero.sharding.sharded import Layout, Sharded, held, zero
+from fzero.sharding.layout import Layout, zero
+from fzero.sharding.sharded import Sharded, held
 from fzero.train.first_pieces import cut
 from fzero.train.fits import fitting
 

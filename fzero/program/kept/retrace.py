@@ -23,7 +23,7 @@ from typing import Any
 from fzero import tree
 from fzero.program.program import Program
 from fzero.program.signature import Signature
-from fzero.sharding.sharded import Placement
+from fzero.sharding.placement import Placement
 
 logger = logging.getLogger(__name__)
 
