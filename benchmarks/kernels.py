@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 import fzero as fz
 from fzero.kernels.adamw import adamw_scalars
+from fzero.kernels.codes import encode
 from fzero.kernels.cross_entropy import linear_cross_entropy
 from fzero.kernels.lion import lion_scalars
-from fzero.kernels.quantize import encode
 from fzero.kernels.sgd import sgd_scalars
 from fzero.kernels.squares import squares
 from fzero.kernels.storage import split_master

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.random.bits import bits, fold, leaf_keys, mix, normal, remix, round_stochastic, shift_right, signed, uniform
+from fzero.kernels.rounding import round_stochastic
+from fzero.random.bits import bits, fold, leaf_keys, mix, normal, remix, shift_right, signed, uniform
 
 DRAWS = 1 << 16
 

@@ -1,6 +1,7 @@
-"""Random bits and rounding inside Triton kernels, equal bit for bit to `fzero.random.bits` and to torch's casts.
+"""Rounding, in torch and inside Triton kernels, and random bits inside those: equal bit for bit.
 
-Both roundings to bfloat16 are written as operations on bits: Triton's interpreter truncates where a GPU rounds.
+In torch, rounding to nearest is a cast, and random bits are those of `fzero.random.bits`. In Triton both roundings to
+bfloat16 are written as operations on bits: Triton's interpreter truncates where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fzero.random import bits as random
+from fzero.random.bits import GOLDEN as _GOLDEN
+from fzero.random.bits import MULTIPLIERS
 
 # On a CPU kernels run as their torch references, and Triton takes as long to import as all of fzero. Nor is it
 # everywhere: it exists for Linux alone.
@@ -25,14 +28,17 @@ else:
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value
 
-__all__ = ["constexpr", "is_finite", "jit", "mix", "remix", "round_to", "tl"]
+__all__ = ["constexpr", "is_finite", "jit", "mix", "remix", "round_stochastic", "round_to", "tl"]
 
-FIRST = constexpr(random.MULTIPLIERS[0])
-SECOND = constexpr(random.MULTIPLIERS[1])
-THIRD = constexpr(random.MULTIPLIERS[2])
-GOLDEN = constexpr(random.GOLDEN)
-QUIET_NAN = constexpr(random.QUIET_NAN)
-SMALLEST_HALF = constexpr(random.SMALLEST_HALF)
+# The quiet NaN that stochastic rounding writes, as the bits of a float32, and the smallest normal float16.
+_QUIET_NAN, _SMALLEST_HALF = 0x7FC00000, 2.0**-14
+
+FIRST = constexpr(MULTIPLIERS[0])
+SECOND = constexpr(MULTIPLIERS[1])
+THIRD = constexpr(MULTIPLIERS[2])
+GOLDEN = constexpr(_GOLDEN)
+QUIET_NAN = constexpr(_QUIET_NAN)
+SMALLEST_HALF = constexpr(_SMALLEST_HALF)
 
 
 @jit
@@ -83,7 +89,7 @@ def round_to(x, noise16, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @jit
 def round_float16(x, noise16):
-    """What `fzero.random.bits.round_stochastic` does for float16, as a float32 that float16 holds."""
+    """What `round_stochastic` does for float16, as a float32 that float16 holds."""
     size = tl.abs(x)
     moved = tl.where(size < SMALLEST_HALF, SMALLEST_HALF, 0.0)
     carried = ((size + moved).to(tl.int32, bitcast=True) + (noise16 >> 3)) & ~0x1FFF
@@ -96,3 +102,67 @@ def round_float16(x, noise16):
 def is_finite(x):
     """Whether float32 `x` is: its exponent bits are not all ones."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+
+
+def round_stochastic(x: Tensor, noise16: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round float32 `x` to one of its two neighbours in `dtype`, each with the probability that keeps the mean.
+
+    A value that `dtype` holds exactly never moves; infinities and signed zeros stay; any NaN becomes the quiet NaN.
+    Derivatives pass through as if nothing had been rounded.
+
+    Args:
+        x: float32.
+        noise16: int32 of the shape of `x`, uniform in [0, 2^16). float16 has use for its upper 13 bits.
+        dtype: bfloat16 or float16. Above the largest float16 the next neighbour is infinity.
+
+    Raises:
+        ValueError: `x` is not float32, or `dtype` is neither.
+
+    Example:
+        >>> round_stochastic(torch.tensor([1.001]), torch.tensor([65535], dtype=torch.int32))
+        tensor([1.0078], dtype=torch.bfloat16)
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"round_stochastic: cannot round to {dtype}; pass dtype=torch.bfloat16 or torch.float16.")
+    if x.dtype != torch.float32:
+        raise ValueError(f"round_stochastic: x has dtype {x.dtype}, expected torch.float32. Cast it first.")
+    rounded: Tensor = _RoundStochastic.apply(x, noise16, dtype)
+    return rounded
+
+
+def _round_bfloat16(x: Tensor, noise16: Tensor) -> Tensor:
+    # The noise carries into bit 16 with the probability that the bits below it make up of one unit there. NaN is
+    # set apart (by `x != x`, which Inductor vectorizes, unlike `isnan`): its carry can run into the sign bit, and
+    # without the low half of its payload it can become an infinity.
+    carried = (x.view(torch.int32) + noise16) & ~0xFFFF
+    return torch.where(x != x, _QUIET_NAN, carried).view(torch.float32).to(torch.bfloat16)
+
+
+def _round_float16(x: Tensor, noise16: Tensor) -> Tensor:
+    # As above, from bit 13 on. Below the smallest normal float16 its neighbours lie as far apart as just above, so
+    # the value is rounded there and moved back.
+    size = x.abs()
+    moved = torch.where(size < _SMALLEST_HALF, _SMALLEST_HALF, 0.0)
+    carried = ((size + moved).view(torch.int32) + (noise16 >> 3)) & ~0x1FFF
+    rounded = torch.where(x != x, _QUIET_NAN, carried).view(torch.float32) - moved
+    return torch.copysign(rounded, x).to(torch.float16)
+
+
+class _RoundStochastic(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, noise16: Tensor, dtype: torch.dtype) -> Tensor:
+        return (_round_bfloat16 if dtype == torch.bfloat16 else _round_float16)(x, noise16)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return cotangent.to(torch.float32), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, noise16_tangent: None, dtype_tangent: None) -> Tensor:
+        return x_tangent.to(ctx.dtype)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.codes import BLOCK, blocks_of, decode, decode_block, encode, encode_block, from_rows, to_rows
-from fzero.kernels.rounding import jit, round_to, tl
-from fzero.random.bits import round_stochastic
+from fzero.kernels.rounding import jit, round_stochastic, round_to, tl
 
 __all__ = [
     "BLOCK", "Stored", "blocks_of", "decode", "encode", "grouped", "join_master", "load", "split_master", "store",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +33,6 @@ def signed(value: int) -> int:
 MULTIPLIERS = (signed(0xED5AD4BB), signed(0xAC4C1B51), signed(0x31848BAB))
 # 2^32 over the golden ratio, odd: multiplier of `remix` and the second key word of `fold`.
 GOLDEN = signed(0x9E3779B1)
-# The quiet NaN that stochastic rounding writes, as the bits of a float32.
-QUIET_NAN = 0x7FC00000
-# The smallest normal float16.
-SMALLEST_HALF = 2.0**-14
 
 
 def shift_right(x: Tensor, n: int) -> Tensor:
@@ -143,67 +138,3 @@ def normal(keys: Tensor, offset: Tensor | int, n: int) -> Tensor:
     word = bits(keys, offset, n)
     radius = torch.sqrt(-2.0 * torch.log(1.0 - _unit(word)))
     return radius * torch.cos(2.0 * math.pi * _unit(mix(word, keys[1], keys[0])))
-
-
-def round_stochastic(x: Tensor, noise16: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Round float32 `x` to one of its two neighbours in `dtype`, each with the probability that keeps the mean.
-
-    A value that `dtype` holds exactly never moves; infinities and signed zeros stay; any NaN becomes the quiet NaN.
-    Derivatives pass through as if nothing had been rounded.
-
-    Args:
-        x: float32.
-        noise16: int32 of the shape of `x`, uniform in [0, 2^16). float16 has use for its upper 13 bits.
-        dtype: bfloat16 or float16. Above the largest float16 the next neighbour is infinity.
-
-    Raises:
-        ValueError: `x` is not float32, or `dtype` is neither.
-
-    Example:
-        >>> round_stochastic(torch.tensor([1.001]), torch.tensor([65535], dtype=torch.int32))
-        tensor([1.0078], dtype=torch.bfloat16)
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"round_stochastic: cannot round to {dtype}; pass dtype=torch.bfloat16 or torch.float16.")
-    if x.dtype != torch.float32:
-        raise ValueError(f"round_stochastic: x has dtype {x.dtype}, expected torch.float32. Cast it first.")
-    rounded: Tensor = _RoundStochastic.apply(x, noise16, dtype)
-    return rounded
-
-
-def _round_bfloat16(x: Tensor, noise16: Tensor) -> Tensor:
-    # The noise carries into bit 16 with the probability that the bits below it make up of one unit there. NaN is
-    # set apart (by `x != x`, which Inductor vectorizes, unlike `isnan`): its carry can run into the sign bit, and
-    # without the low half of its payload it can become an infinity.
-    carried = (x.view(torch.int32) + noise16) & ~0xFFFF
-    return torch.where(x != x, QUIET_NAN, carried).view(torch.float32).to(torch.bfloat16)
-
-
-def _round_float16(x: Tensor, noise16: Tensor) -> Tensor:
-    # As above, from bit 13 on. Below the smallest normal float16 its neighbours lie as far apart as just above, so
-    # the value is rounded there and moved back.
-    size = x.abs()
-    moved = torch.where(size < SMALLEST_HALF, SMALLEST_HALF, 0.0)
-    carried = ((size + moved).view(torch.int32) + (noise16 >> 3)) & ~0x1FFF
-    rounded = torch.where(x != x, QUIET_NAN, carried).view(torch.float32) - moved
-    return torch.copysign(rounded, x).to(torch.float16)
-
-
-class _RoundStochastic(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, noise16: Tensor, dtype: torch.dtype) -> Tensor:
-        return (_round_bfloat16 if dtype == torch.bfloat16 else _round_float16)(x, noise16)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
-        ctx.dtype = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        return cotangent.to(torch.float32), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, noise16_tangent: None, dtype_tangent: None) -> Tensor:
-        return x_tangent.to(ctx.dtype)

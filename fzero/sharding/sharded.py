@@ -100,6 +100,7 @@ def shard(tree: Any, mesh: Mesh, layout: Layout | P, *, policy: Policy | None = 
 
     Example:
         >>> from fzero.ranks.mesh import make_mesh
+        >>> from fzero.sharding.layout import zero
         >>> pieces = shard({"w": torch.ones(2, 3)}, make_mesh("cpu"), zero(3))
         >>> gather(pieces)["w"].shape
         torch.Size([2, 3])
@@ -150,6 +151,7 @@ def gather(sharded: Any, *, only: str | Sequence[str] | None = None) -> Any:
 
     Example:
         >>> from fzero.ranks.mesh import make_mesh
+        >>> from fzero.sharding.layout import zero
         >>> pieces = shard({"w": torch.ones(2), "blocks": [torch.zeros(1), torch.ones(1)]}, make_mesh("cpu"), zero(3))
         >>> gather(pieces)
         {'w': tensor([1., 1.]), 'blocks': [tensor([0.]), tensor([1.])]}
