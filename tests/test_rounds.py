@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 import fzero as fz
 from fzero._torch import default_store
+from fzero.ranks.agree import agree
+from fzero.ranks.agree import world as known
 from fzero.ranks.peers import together
-from fzero.ranks.rounds import LOOK, agree
-from fzero.ranks.rounds import world as known
+from fzero.ranks.watch import LOOK
 from tests import world
 
 

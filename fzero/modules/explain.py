@@ -66,7 +66,7 @@ _NORM = (
     "The statistics of a batch norm are fp32, and its weights have to be so too: exempt them from the policy, "
     'fz.policy(name, exempt=["*bn*"]) with a pattern that fits their paths.'
 )
-_OWN = (torch.__path__[0] + "/", __file__.rpartition("/")[0] + "/")
+_OWN = (torch.__path__[0] + "/", __file__.removesuffix("modules/explain.py"))
 _DISTRIBUTED = torch.__path__[0] + "/distributed/"
 
 

@@ -2,7 +2,7 @@
 
 A rank that raises never reaches the collective in which the others wait. So it leaves its error in the store, and the
 others raise that instead. And ranks that run different things would wait in different collectives. So before the first
-collective of a call they compare what they are about to run (`fzero.ranks.rounds`):
+collective of a call they compare what they are about to run (`fzero.ranks.agree`):
 
     rank 1    raises ValueError   ──▶ store ──▶   leaves
     rank 0    waits …  ──▶ PeerError: rank 1 raised ValueError
@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 from fzero._torch import get_proxy_mode, group_deadline
 from fzero.errors import PeerError, ProgramMismatchError
-from fzero.ranks.rounds import INSIDE, agree, world
+from fzero.ranks.agree import agree, world
+from fzero.ranks.rounds import INSIDE
 
 # Seconds before a call began within which another rank's error still counts as the cause of this one's.
 _WINDOW = 60.0
@@ -163,7 +164,7 @@ def _explained(told: Mapping[int, dict[str, Any]]) -> str:
     (first, a), (second, b) = told.items()
     head = f"the ranks are about to run different things. Rank {first} calls {a['call']}, rank {second} {b['call']}"
     rows = []
-    if a["lines"] != b["lines"]:
+    if [text for text, _ in a["lines"]] != [text for text, _ in b["lines"]]:
         rows += [_different_line(a["lines"], b["lines"])]
     rows += _different_arguments(a["arguments"], b["arguments"])
     listed = [f"{path}: rank {first} has {mine}, rank {second} has {theirs}" for path, mine, theirs in rows[:_LISTED]]

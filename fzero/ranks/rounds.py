@@ -21,7 +21,6 @@ Whatever its end, a round that ended is over for all ranks, those that come to i
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import threading
@@ -31,42 +30,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 
-from fzero._torch import default_store, group_deadline, own_connection
-from fzero.errors import PeerError, ProgramMismatchError
+from fzero._torch import own_connection
 
-# Seconds between two looks of the thread, and so what a rank waits before its thread looks.
-LOOK = 0.1
-
-# Seconds in the store's own wait, which no signal interrupts; a rank that waits for longer asks by itself.
-_BLIND = 1.0
-
-# Seconds between two questions of such a rank.
+# Seconds between two questions to the store of a rank that asks by itself, since it has waited for long.
 _ASK = 0.02
 
 # What a rank finds under the key that it waits for: the round is over, or it is to ask by itself.
-_WOKEN, _BY_ITSELF = "woken", "ask"
+WOKEN, BY_ITSELF = "woken", "ask"
 
 # Seconds that ranks which raise for different programs wait for each other's reasons, or for who decides the end.
-_PATIENCE = 10.0
-
-# Seconds that what a round has written stays in the store: another rank's thread may be about to read it.
-_KEPT = 3.0
+PATIENCE = 10.0
 
 # A count that is taken back adds this: no number of ranks is reached after that.
 _TAKEN_BACK = 1 << 40
 
-_WAY_OUT = "Make the same calls on every rank, in the same order."
+WAY_OUT = "Make the same calls on every rank, in the same order."
 
 # The name of the call that all agreed on last, for failures inside of it.
 INSIDE = ""
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """What a rank is about to run: a hash of its collectives, the call, and by name the calls that failed here."""
 
     program: str
@@ -80,7 +68,9 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _End:
+class End:
+    """How a round ended, and what those who raise for it say."""
+
     kind: Literal["agreed", "different", "apart", "raised"]
     text: str = ""
     ranks: Sequence[int] = ()
@@ -88,15 +78,15 @@ class _End:
     count: int = 0
 
 
-_AGREED = _End("agreed")
+AGREED = End("agreed")
 
 
 @dataclass(eq=False)
-class _Waiting:
+class Waiting:
     """A rank in a round that is not over."""
 
     number: int
-    entry: _Entry
+    entry: Entry
     agreed: int
     since: float = field(default_factory=time.monotonic)
     seen: int = 0  # entries that were written down when this rank looked last
@@ -115,6 +105,10 @@ class World:
         number: the round that it enters next.
         agreed: the last round that all agreed in.
         failed: how often calls of a name have failed here since then. Ranks in step have the same counts.
+        waiting: the round that this rank waits in; `None` where it waits in none.
+        verdict: how that round ended, where the thread of `fzero.ranks.watch` has found out.
+        lock: held by who reads or writes the two.
+        litter: what rounds behind have left in the store: until which round, since when, and under which key.
     """
 
     def __init__(self, group: Any, name: str) -> None:
@@ -123,38 +117,35 @@ class World:
         self.store = self.connection()
         self.number, self.agreed = 0, -1
         self.failed: Counter[str] = Counter()
-        self._litter: deque[tuple[int, float, str]] = deque()  # until which round, since when, which key
-        self._lock = threading.Lock()
-        self._waiting: _Waiting | None = None
-        self._verdict: _End | None = None
+        self.litter: deque[tuple[int, float, str]] = deque()  # until which round, since when, which key
+        self.lock = threading.Lock()
+        self.waiting: Waiting | None = None
+        self.verdict: End | None = None
 
     def connection(self) -> Any:
         """Return a connection of its own to the store: one in which somebody waits serves nobody else."""
         return own_connection(self.name)
 
-    # -------------------------------------------------------------------------------------------------
-    # The caller's side
-
-    def enter(self, program: str, call: str) -> _End:
+    def enter(self, program: str, call: str) -> End:
         """Enter the next round, and return how it ended."""
         number, failed = self.number, dict(self.failed) if self.failed else {}
-        waiting = _Waiting(number, _Entry(program, call, failed), self.agreed)
+        waiting = Waiting(number, Entry(program, call, failed), self.agreed)
         try:
             count = self.store.add(waiting.counter, 1)
             if count == self.size:
                 self._wake_others(number)
-                end = _AGREED
+                end = AGREED
             elif count > self.size:
                 end = self._end_soon(number)
             else:
                 if count == 1:
-                    self._drop(number + 1, waiting.counter)
+                    self.drop(number + 1, waiting.counter)
                 end = self._wait(waiting)
         except KeyboardInterrupt as error:  # the round goes on without this rank, or it would count twice
             if self.take_back(waiting, self.store):
                 self.tell(error, call)
                 last = self.failed[call]
-                _decide(self.store, number, _End("raised", self._line_of(self.store, call, last), (), call, last))
+                decide(self.store, number, End("raised", self.line_of(self.store, call, last), (), call, last))
             self.number += 1
             raise
         self.number += 1
@@ -166,30 +157,30 @@ class World:
     def _wake_others(self, number: int) -> None:
         keys = [f"{number}/woken/{rank}" for rank in range(self.size) if rank != self.rank]
         if len(keys) > 8 and self.store.has_extended_api():
-            self.store.multi_set(keys, [_WOKEN] * len(keys))
+            self.store.multi_set(keys, [WOKEN] * len(keys))
             return
         for key in keys:
-            self.store.set(key, _WOKEN)
+            self.store.set(key, WOKEN)
 
-    def _wait(self, waiting: _Waiting) -> _End:
+    def _wait(self, waiting: Waiting) -> End:
         key = f"{waiting.number}/woken/{self.rank}"
-        with self._lock:
-            self._waiting, self._verdict = waiting, None
+        with self.lock:
+            self.waiting, self.verdict = waiting, None
         try:
             self.store.wait([key], timedelta(days=30))  # the thread ends it after a second, if nobody does before
-            while waiting.by_itself and self.store.get(key) != _WOKEN.encode():
+            while waiting.by_itself and self.store.get(key) != WOKEN.encode():
                 time.sleep(_ASK)
         finally:
-            with self._lock:
-                self._waiting, verdict = None, self._verdict
-        self._drop(waiting.number, key)
-        return verdict or _AGREED
+            with self.lock:
+                self.waiting, verdict = None, self.verdict
+        self.drop(waiting.number, key)
+        return verdict or AGREED
 
-    def _end_soon(self, number: int) -> _End:
-        until = time.monotonic() + _PATIENCE
-        while (end := _end_of(self.store, number)) is None:
+    def _end_soon(self, number: int) -> End:
+        until = time.monotonic() + PATIENCE
+        while (end := end_of(self.store, number)) is None:
             if time.monotonic() > until:
-                return _decide(self.store, number, _End("apart", f"a round was left without an end. {_WAY_OUT}"))
+                return decide(self.store, number, End("apart", f"a round was left without an end. {WAY_OUT}"))
             time.sleep(0.01)
         return end
 
@@ -203,7 +194,7 @@ class World:
         text = json.dumps({**message, "text": str(error)})
         try:
             self.store.set(f"last/{self.rank}", text)
-            self.store.set(self._key_of(call, self.failed[call]), text)
+            self.store.set(self.key_of(call, self.failed[call]), text)
         except RuntimeError:  # the store went with the rank that held it; the error itself is what matters
             return
 
@@ -212,11 +203,11 @@ class World:
         lines = []
         for rank in range(self.size):
             try:
-                message = None if rank == self.rank else _read(self.store, f"last/{rank}")
+                message = None if rank == self.rank else read(self.store, f"last/{rank}")
             except RuntimeError:
                 continue
             if message is not None and message["time"] >= since:
-                lines.append(_line(message))
+                lines.append(line(message))
         return lines
 
     def reasons(self, number: int, ranks: Sequence[int], own: Callable[[], bytes]) -> dict[int, bytes]:
@@ -224,49 +215,12 @@ class World:
         keys = {rank: f"{number}/reasons/{rank}" for rank in ranks}
         if self.rank in keys:
             self.store.set(keys[self.rank], own())
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + PATIENCE
         while ranks and not self.store.check(list(keys.values())) and time.monotonic() < until:
             time.sleep(0.01)
         return {rank: self.store.get(key) for rank, key in keys.items() if self.store.check([key])}
 
-    # -------------------------------------------------------------------------------------------------
-    # The thread's side
-
-    def look(self, store: Any) -> None:
-        """Find out how the round ends in which this rank waits; wake it if it did."""
-        waiting = self._waiting
-        if waiting is None or time.monotonic() - waiting.since < LOOK:
-            return
-        end, key = self._ended(waiting, store), f"{waiting.number}/woken/{self.rank}"
-        if end is None:
-            if not waiting.by_itself and time.monotonic() - waiting.since > _BLIND:
-                waiting.by_itself = True
-                store.compare_set(key, "", _BY_ITSELF)  # unless it has been woken already
-            return
-        with self._lock:
-            if self._waiting is not waiting:
-                return
-            self._verdict = end
-        store.set(key, _WOKEN)
-
-    def _ended(self, waiting: _Waiting, store: Any) -> _End | None:
-        number = waiting.number
-        if not waiting.seen:
-            store.set(f"{number}/entry/{self.rank}", json.dumps(asdict(waiting.entry)))
-            waiting.seen = -store.add(f"{number}/entries", 1)
-            self._drop(number + 1, f"{number}/entry/{self.rank}")
-            if waiting.seen == -1:
-                self._drop(number + 1, f"{number}/entries")
-        if (end := _end_of(store, number)) is not None:
-            return end
-        if waiting.taken_back is not None and time.monotonic() - waiting.taken_back < _PATIENCE:
-            return None
-        found = self._found(waiting, store)
-        if found is None or (waiting.taken_back is None and not self.take_back(waiting, store)):
-            return None
-        return _decide(store, number, found)
-
-    def take_back(self, waiting: _Waiting, store: Any) -> bool:
+    def take_back(self, waiting: Waiting, store: Any) -> bool:
         """Take a count back; `True` if it is for this rank to write how the round ends.
 
         Not so if all were there already, who then wake this one, nor if another rank was first to take its count back.
@@ -275,182 +229,35 @@ class World:
         count = store.add(waiting.counter, _TAKEN_BACK)
         return bool(count < 2 * _TAKEN_BACK and count - _TAKEN_BACK != self.size)
 
-    def _found(self, waiting: _Waiting, store: Any) -> _End | None:
-        entry, number = waiting.entry, waiting.number
-        for name in (entry.call, INSIDE):
-            count = entry.failed.get(name, 0) + 1
-            if (message := _read(store, self._key_of(name, count, waiting.agreed))) is not None:
-                return _End("raised", _line(message), (), name, count)
-        seen = store.add(f"{number}/entries", 0)
-        if seen != waiting.seen:
-            waiting.seen = seen
-            entries = self._entries(store, number)
-            if (end := self._compared(entries, store, waiting.agreed)) is not None:
-                return end
-        waited, deadline = time.monotonic() - waiting.since, group_deadline()
-        gone = [rank for rank in range(self.size) if store.check([f"left/{rank}"])] if store.check(["left"]) else []
-        if gone:
-            lines = "".join(f"\n{line}" for line in self.told(since=0.0))
-            return _End("apart", f"{self._waiters(store, number)}; {_ranks(gone)} ended.{lines}\n{_WAY_OUT}")
-        if waited > deadline:
-            here = self._entries(store, number)
-            missing = [rank for rank in range(self.size) if rank not in here]
-            return _End(
-                "apart",
-                f"{self._waiters(store, number)}; {_ranks(missing)} made no such call within {deadline:.0f} s: it does "
-                f"something else, or is late. {_WAY_OUT}",
-            )
-        return None
-
-    def _compared(self, entries: dict[int, _Entry], store: Any, agreed: int) -> _End | None:
-        """Return how a round of these entries ends; `None` if that depends on those which are missing."""
-        for name in dict.fromkeys([*(entry.call for entry in entries.values()), INSIDE]):
-            counts = {rank: entry.failed.get(name, 0) for rank, entry in entries.items()}
-            most = max(counts.values())
-            if any(e.call == name or name == INSIDE for r, e in entries.items() if counts[r] < most):
-                return _End("raised", self._line_of(store, name, most, agreed), (), name, most)
-        first = min(entries)
-        other = [rank for rank in sorted(entries) if entries[rank].program != entries[first].program]
-        if other:
-            text = f"ranks {first} and {other[0]} are about to run different things. {_WAY_OUT}"
-            return _End("different", text, (first, other[0]))
-        return _AGREED if len(entries) == self.size else None
-
-    def _entries(self, store: Any, number: int) -> dict[int, _Entry]:
-        found = {rank: _read(store, f"{number}/entry/{rank}") for rank in range(self.size)}
-        return {rank: _Entry(**fields) for rank, fields in found.items() if fields is not None}
-
-    def _waiters(self, store: Any, number: int) -> str:
-        entries = self._entries(store, number)
-        rank = min(entries)
-        others = f" and {len(entries) - 1} more wait" if len(entries) > 1 else " waits"
-        return f"rank {rank}{others} in {entries[rank].call}"
-
-    def _key_of(self, call: str, count: int, agreed: int | None = None) -> str:
+    def key_of(self, call: str, count: int, agreed: int | None = None) -> str:
         return f"raised/{self.agreed if agreed is None else agreed}/{call}/{count}"
 
-    def _line_of(self, store: Any, call: str, count: int, agreed: int | None = None) -> str:
-        message = _read(store, self._key_of(call, count, agreed))
-        return f"  another rank raised in {call}" if message is None else _line(message)
+    def line_of(self, store: Any, call: str, count: int, agreed: int | None = None) -> str:
+        message = read(store, self.key_of(call, count, agreed))
+        return f"  another rank raised in {call}" if message is None else line(message)
 
-    def _drop(self, number: int, key: str) -> None:
+    def drop(self, number: int, key: str) -> None:
         """Have a key deleted some time after a round."""
-        self._litter.append((number, time.monotonic(), key))
-
-    def tidy(self, store: Any) -> None:
-        """Delete what rounds behind have left in the store, once nobody can be reading it any more."""
-        now = time.monotonic()
-        while self._litter and self._litter[0][0] < self.number and now - self._litter[0][1] > _KEPT:
-            store.delete_key(self._litter.popleft()[2])
+        self.litter.append((number, time.monotonic(), key))
 
 
-class _Watch(threading.Thread):
-    """Looks into the store where its rank waits for long."""
-
-    def __init__(self, group: Any, world: World) -> None:
-        super().__init__(name="fzero-watch", daemon=True)
-        self.group, self.world = ref(group), world
-        self.store = world.connection()
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        while not self.stopped.wait(LOOK * max(1.0, self.world.size / 100)):
-            if self.group() is not dist.group.WORLD:  # that world has ended
-                atexit.unregister(self.end)
-                return
-            try:
-                self.world.look(self.store)
-                self.world.tidy(self.store)
-            except (RuntimeError, ValueError, TypeError):
-                continue  # the store is gone, of which the rank itself hears, or the world ends at this moment
-
-    def end(self) -> None:
-        """Tell that this rank ends; stop, for in the store a thread must not outlive the interpreter."""
-        self.stopped.set()
-        self.join(10 * LOOK)
-        try:
-            self.world.store.set(f"left/{self.world.rank}", "")
-            self.world.store.set("left", "")
-        except RuntimeError:
-            return
-
-
-# One for each default process group.
-_worlds: WeakKeyDictionary[Any, World] = WeakKeyDictionary()
-
-
-def world() -> World:
-    """Return what this rank knows of the world that it is in."""
-    group = dist.group.WORLD
-    here = _worlds.get(group)
-    if here is None:
-        # A store may serve several worlds, one after another: of as many ranks as there are, each has joined each.
-        joined = default_store().add("fzero/joined", 1) - 1
-        here = _worlds[group] = World(group, f"fzero/{joined // dist.get_world_size()}")
-        watch = _Watch(group, here)
-        atexit.register(watch.end)
-        watch.start()
-    return here
-
-
-def agree(program: str, call: str, reasons: Callable[[], bytes]) -> dict[int, bytes]:
-    """Wait until all ranks are about to run the same, at most as long as a collective may wait.
-
-    Args:
-        program: a hash of what this rank is about to run.
-        call: the call that it is for.
-        reasons: a text from which two can be told apart. It is sent only if they differ.
-
-    Returns:
-        Nothing if all run the same, else two ranks that differ and the reasons of each.
-
-    Raises:
-        ProgramMismatchError: some rank came to no call, or two differ and their reasons did not come.
-        PeerError: some rank raised instead.
-    """
-    here = world()
-    while True:
-        number = here.number
-        end = here.enter(program, call)
-        if end.kind == "agreed":
-            return {}
-        if end.kind != "raised":
-            break
-        if here.failed[end.call] < end.count:
-            here.failed[end.call] = end.count
-            raise PeerError(f"{call}: rank {here.rank} waited for all ranks to come to this call.\n{end.text}")
-        # Otherwise the others have heard of an error that this rank has raised as well, and that is behind it.
-    found = here.reasons(number, end.ranks, reasons)
-    if end.kind == "apart" or len(found) < len(end.ranks):
-        raise ProgramMismatchError(f"{call}: {end.text}")
-    return found
-
-
-def first_written(key: str, text: str) -> str:
-    """Return the text that the first rank that came wrote under a key, once and for all: this one, or another."""
-    found: bytes = world().store.compare_set(key, "", text)
-    return found.decode()
-
-
-def _decide(store: Any, number: int, end: _End) -> _End:
+def decide(store: Any, number: int, end: End) -> End:
     """End a round, unless it has ended; return how it did."""
-    return _End(**json.loads(store.compare_set(f"{number}/end", "", json.dumps(asdict(end)))))
+    return End(**json.loads(store.compare_set(f"{number}/end", "", json.dumps(asdict(end)))))
 
 
-def _end_of(store: Any, number: int) -> _End | None:
-    found = _read(store, f"{number}/end")
-    return None if found is None else _End(**found)
+def end_of(store: Any, number: int) -> End | None:
+    """Return how a round ended; `None` for one that has not."""
+    found = read(store, f"{number}/end")
+    return None if found is None else End(**found)
 
 
-def _read(store: Any, key: str) -> Any:
+def read(store: Any, key: str) -> Any:
+    """Return what is written under a key, or `None`."""
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks[:8]))
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{', …' if len(ranks) > 8 else ''}"
-
-
-def _line(message: dict[str, Any]) -> str:
+def line(message: dict[str, Any]) -> str:
+    """Return an error that a rank has left in the store as a line of a message."""
     ago, calls = max(time.time() - message["time"], 0.0), ", in ".join(message["calls"])
     return f"  rank {message['rank']} raised {message['type']} in {calls}, {ago:.1f} s ago: {message['text']}"

@@ -28,7 +28,7 @@ from fzero.program.graph.collectives import is_collective
 from fzero.program.graph.loop import run_loop
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.walk import body_of, rounds_of
-from fzero.ranks.rounds import first_written
+from fzero.ranks.agree import first_written
 
 _T = TypeVar("_T")
 
