@@ -146,7 +146,7 @@ def test_gathered_is_the_parameters_that_are_whole() -> None:
 
     def gathered(**options: Any) -> list[int]:
         step = fz.train_step(lambda params, x: apply(params, x).float().sum(), **options)
-        return fz.trace(step)(state, x).memory().live["gathered"]
+        return list(fz.trace(step)(state, x).memory().live["gathered"])
 
     full = 2 * 5 * 64 * 64  # nothing reads the first again: its gradient needs the batch only
     assert max(gathered(keep_gathered=math.inf)) == full

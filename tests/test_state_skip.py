@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
+from fzero.train.state import Skip
 from tests import world
 from tests.small import assert_same_bits, copied, flat, gradient_of, parameters, same_bits
 
@@ -172,7 +173,7 @@ def test_the_norm_is_that_of_the_mean_gradient(size: int) -> None:
 
 
 def test_the_traced_step_skips_alike() -> None:
-    def step(state: fz.State, value: Any, skip: fz.train.state.Skip) -> Any:
+    def step(state: fz.State, value: Any, skip: Skip) -> Any:
         return fz.apply_gradients(state, gradient_of(state, value), skip)
 
     bad = parameters(3)
