@@ -162,6 +162,13 @@ def test_a_kernel_from_outside_has_a_first_derivative_only(order: Any):
         order(lambda q, k, v: loss(q, k, v, OUTSIDE))(Q, K, V)
 
 
+def test_a_mask_of_numbers_is_cast_to_the_dtype_of_the_queries():
+    mask, q, k, v = torch.randn(5, 5), *(x.bfloat16() for x in (Q, K, V))
+    found = fz.attention(q, k, v, mask=mask)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, fz.attention(q, k, v, mask=mask.bfloat16()))
+
+
 def test_masks_and_groups_of_heads():
     mask = ~ABOVE
     masked = fz.grad(lambda q, k, v: loss(q, k, v, None, mask=mask), (0, 1, 2))

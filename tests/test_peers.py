@@ -68,3 +68,27 @@ def all_raise_then_go_on() -> float:
 
 def test_an_error_on_every_rank_leaves_the_world_usable():
     assert world.run(all_raise_then_go_on, size=2) == [64.0, 64.0]
+
+
+def other_names() -> str:
+    """Both ranks are about to gather the same leaf, for functions of other names, traced before."""
+    state = make(deadline=30.0)
+
+    def first(params, batch):
+        return (params["w"] * batch).sum()
+
+    def second(params, batch):
+        return (params["w"] * batch).mean()
+
+    steps = [fz.train_step(f, donate=False) for f in (first, second)]
+    for step in steps:
+        step(state, torch.ones(64))
+    with pytest.raises(fz.ProgramMismatchError) as info:
+        steps[dist.get_rank()](state, torch.ones(64))
+    return str(info.value)
+
+
+def test_programs_that_differ_in_name_alone_are_told_apart():
+    for message in world.run(other_names, size=2):
+        assert "Rank 0 calls train_step(first)" in message
+        assert "rank 1 train_step(second)" in message

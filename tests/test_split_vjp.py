@@ -416,3 +416,47 @@ def test_a_simulated_state_is_listed_and_does_not_run() -> None:
         forward(state, x)
     program = fz.trace(forward)(state, x)
     assert program.traffic().total > 0
+
+
+@torch.library.custom_op("fzero_tests::seeded", mutates_args=())
+def seeded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As attention of cuDNN: the seed of its draws is on the CPU, where its fake form says another device."""
+    return 2 * x, torch.tensor(7)
+
+
+@seeded.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty((), dtype=torch.int64, device="meta")
+
+
+@torch.library.custom_op("fzero_tests::seeded_backward", mutates_args=())
+def seeded_backward(cotangent: Tensor, seed: Tensor) -> Tensor:
+    return cotangent * (seed.item() - 5)
+
+
+@seeded_backward.register_fake
+def _(cotangent: Tensor, seed: Tensor) -> Tensor:
+    return torch.empty_like(cotangent)
+
+
+class Seeded(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return seeded(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.save_for_backward(outputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> Tensor:
+        return seeded_backward(cotangent, ctx.saved_tensors[0])
+
+
+def test_a_seed_that_an_operator_leaves_on_the_cpu_may_stay_there():
+    forward, backward = fz.split_vjp(lambda x: Seeded.apply(x)[0])
+    output, residuals = forward(torch.ones(3))
+    assert [(x.dtype, x.device.type) for x in residuals.saved] == [(torch.int64, "cpu")]
+    assert torch.equal(output, torch.full((3,), 2.0))
+    assert torch.equal(backward(residuals, torch.ones(3))[0], torch.full((3,), 2.0))

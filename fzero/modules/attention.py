@@ -62,6 +62,7 @@ def attention(
         v: values, likewise.
         causal: each position sees itself and those before it.
         mask: added to the scores, or true where a score counts; broadcast to `(..., heads, length, length of keys)`.
+            One of numbers is cast to the dtype of `q`.
         scale: default: one over the square root of the width.
         dropout: the probability of dropping a weight, drawn from the state's key like other draws.
         kernel: default: torch's fastest that has the derivatives asked for. `"math"`: the formula, with
@@ -85,6 +86,8 @@ def attention(
                 "forward and backward, or leave the kernel out."
             )
         return _from_outside(kernel, q, k, v, causal=causal, scale=scale)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # cuDNN takes a mask of another dtype and reads its bits as those of q
     # The fused kernels draw from the global generator; the formula drops by an operator that a key decides.
     formula = kernel == "math" or dropout > 0
     context = sdpa_kernel(SDPBackend.MATH) if formula else contextlib.nullcontext()
