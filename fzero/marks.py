@@ -31,16 +31,17 @@ from torch.overrides import TorchFunctionMode
 
 from fzero._torch import get_proxy_mode, source_name, storage_id, unwrapped
 
-_OWN = __file__.rpartition("/")[0] + "/"
-_TORCH = torch.__path__[0] + "/"
+# Where the files of fzero and of torch lie.
+OWN = __file__.removesuffix("marks.py")
+TORCH = torch.__path__[0] + "/"
 # Where a trace begins.
-_TRACER = _OWN + "program/trace.py"
+_TRACER = OWN + "program/graph/trace.py"
 # Where einops lies, which a function may use.
 _EINOPS = str(importlib.util.find_spec("einops").origin).rpartition("/")[0] + "/"  # type: ignore[union-attr]
 # Decorators that stand between a call and its body: contexts, and names that torch deprecates.
 DECORATORS = (contextlib.__file__, warnings.__file__, str(importlib.util.find_spec("typing_extensions").origin))  # type: ignore[union-attr]
 # Frames between an operation and the line that the user wrote.
-_SKIPPED = (_TORCH, _OWN, _EINOPS, *DECORATORS, "<")
+_SKIPPED = (TORCH, OWN, _EINOPS, *DECORATORS, "<")
 
 
 @contextlib.contextmanager

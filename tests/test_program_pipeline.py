@@ -132,6 +132,16 @@ def test_passes_are_pure_and_deterministic(microbatches: int) -> None:
     assert [stage.name for stage in stages] == ["trace", *(run.__name__ for run in PASSES)]
 
 
+def test_each_pass_leaves_a_sound_graph() -> None:
+    state, step = training(simulated(2), 3, clip=True, depth=2, microbatches=2, dropout=0.1)
+    trace, options = raw(step, state, tokens()), Options(remat="block", keep_gathered=0)
+    for run in PASSES:
+        trace = run(trace, options)
+        for graph in (trace.module.graph, *(body.module.graph for body in trace.bodies.values())):
+            graph.lint()
+            assert not any(use.graph is not graph for node in graph.nodes for use in node.users), run.__name__
+
+
 def test_twice_traced_is_the_same_program() -> None:
     programs = []
     for _ in range(2):

@@ -17,13 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from fzero._torch import is_functorch_wrapped
 from fzero.errors import ModuleError
+from fzero.marks import OWN, TORCH
 from fzero.modules.explain import line_here
 
-_OWN = __file__.rpartition("/")[0] + "/"
-_TORCH = torch.__path__[0] + "/"
 # What stands on the stack between the mode and who called `torch.autograd.grad`.
-_BETWEEN = (_OWN, _TORCH + "overrides.py", _TORCH + "autograd/__init__.py")
-_TRANSFORMS = _TORCH + "_functorch/"
+_BETWEEN = (OWN, TORCH + "overrides.py", TORCH + "autograd/__init__.py")
+_TRANSFORMS = TORCH + "_functorch/"
 _NESTED = "Take the gradient inside by torch.func.grad or fz.grad, which nest"
 
 

@@ -6,11 +6,10 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from fzero.errors import FzeroError, ModuleError
-from fzero.marks import DECORATORS
+from fzero.marks import DECORATORS, OWN, TORCH
 
 _CHECKPOINT = (
     "torch.utils.checkpoint, and other saved-tensor hooks, cannot be part of a function that is differentiated. Turn "
@@ -66,8 +65,9 @@ _NORM = (
     "The statistics of a batch norm are fp32, and its weights have to be so too: exempt them from the policy, "
     'fz.policy(name, exempt=["*bn*"]) with a pattern that fits their paths.'
 )
-_OWN = (torch.__path__[0] + "/", __file__.removesuffix("modules/explain.py"))
-_DISTRIBUTED = torch.__path__[0] + "/distributed/"
+_DISTRIBUTED = TORCH + "distributed/"
+# Where files lie that no line of the user is in.
+_NOT_THE_USERS = (TORCH, OWN, *DECORATORS)
 
 
 @contextlib.contextmanager
@@ -105,13 +105,13 @@ def module_of(error: BaseException) -> str:
 
 def line_of_user(error: BaseException) -> str:
     """Return the innermost line that is neither torch's nor fzero's: of the traceback, or of what runs now."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OWN, *DECORATORS))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
     return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else line_here()
 
 
 def line_here() -> str:
     """Return the innermost line that runs now and is neither torch's nor fzero's."""
-    frames = [f for f in traceback.extract_stack() if not f.filename.startswith((*_OWN, *DECORATORS))]
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(_NOT_THE_USERS)]
     return "".join(traceback.format_list(frames[-1:])).rstrip() if frames else "  (no line of yours)"
 
 

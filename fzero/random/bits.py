@@ -18,6 +18,8 @@ import zlib
 import torch
 from torch import Tensor
 
+from fzero._torch import is_functorch_wrapped
+
 
 def signed(value: int) -> int:
     """Return the low 32 bits of `value` as the signed number that an int32 tensor holds for them.
@@ -82,7 +84,20 @@ def fold(key: Tensor, data: int | Tensor) -> Tensor:
     """
     if isinstance(data, int):
         data = torch.full((), signed(data), dtype=torch.int32, device=key.device)
+    if is_functorch_wrapped(key) or is_functorch_wrapped(data):  # whose transforms know no operator of ours
+        return _fold(key, data)
+    folded: Tensor = torch.ops.fzero.fold(key, data)
+    return folded
+
+
+def _fold(key: Tensor, data: Tensor) -> Tensor:
     return mix(data, key, GOLDEN)
+
+
+# One operator, since keys are a word or two: a program shows it as one thing, and is traced the sooner.
+torch.library.define("fzero::fold", "(Tensor key, Tensor data) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.impl("fzero::fold", ("cpu", "cuda"), _fold)
+torch.library.register_fake("fzero::fold", lambda key, data: torch.empty_like(key + data))
 
 
 def step_keys(seed: Tensor, step: Tensor) -> Tensor:
