@@ -138,7 +138,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=PRESETS, default="small")
     parser.add_argument("--policy", default="bf16", help="dtypes of the state: a name that fz.policy knows")
     parser.add_argument("--zero", type=int, choices=range(4), default=3, help="what is sharded over the ranks")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step and rank")
     parser.add_argument("--sequence", type=int, default=128, help="bytes of a row")
     parser.add_argument("--microbatches", type=int, default=1, help="parts of a batch, one after another")

@@ -76,9 +76,9 @@ from fzero.sharding.sharded import shard as shard
 from fzero.train.ema import ema as ema
 from fzero.train.padding import pad_to as pad_to
 from fzero.train.state import State as State
-from fzero.train.state import apply_gradients as apply_gradients
 from fzero.train.state import init as init
-from fzero.train.state import train_step as train_step
+from fzero.train.step import apply_gradients as apply_gradients
+from fzero.train.step import train_step as train_step
 
 __version__ = "0.1.0"
 

@@ -28,7 +28,8 @@ from fzero.program.jit import jit
 from fzero.sharding.algebra import add
 from fzero.sharding.sharded import Sharded
 from fzero.torch_names import missing
-from fzero.train.state import Skip, State, apply_gradients, init
+from fzero.train.state import State, init
+from fzero.train.step import Skip, apply_gradients
 
 
 class Model:

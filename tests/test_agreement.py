@@ -75,6 +75,15 @@ def begun(state: fz.State, batch: Tensor) -> Any:
     return fz.init({"w": torch.ones(64)}, fz.sgd(0.1), state.mesh, policy="fp32")
 
 
+def weighted(state: fz.State, batch: Tensor) -> Any:
+    return fz.accumulate(fz.value_and_grad(loss), 2, weight=lambda batch: batch.shape[0])(state, batch)
+
+
+def updated(state: fz.State, batch: Tensor) -> Any:
+    grads = fz.zeros_like(state.params)
+    return state.optimizer.update(grads, state.moments, state.params, step=0, seed=0)
+
+
 # What a rank may call, and the name under which errors know it.
 CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], str]] = {
     "train": (lambda: step_of(), "train_step(loss) (call"),
@@ -86,6 +95,8 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], str]] = {
     "gather": (lambda: left_out, "fz.gather"),
     "average": (lambda: lambda state, batch: fz.average(batch, state.mesh), "fz.average"),
     "init": (lambda: begun, "fz.init"),
+    "weighted": (lambda: weighted, "fz.accumulate"),
+    "update": (lambda: updated, "Optimizer.update"),
     "axis": (lambda: lambda state, batch: state.mesh["data"].sum(batch), "fz.Axis.sum"),
 }
 PAIRS = [
@@ -98,6 +109,8 @@ PAIRS = [
     ("eager step", "eager evaluation"),
     ("average", "gather"),
     ("axis", "train"),
+    ("weighted", "gather"),
+    ("update", "axis"),
     ("init", "gather"),
 ]
 
@@ -127,6 +140,25 @@ def test_ranks_that_call_different_things_all_say_so_and_go_on(size: int, odd: i
             assert all(CALLS[name][1] in message for name in pair), message
             assert seconds < 30.0, "nobody has to wait for a deadline"
             assert torch.equal(weights, torch.arange(64.0)) and value == 4 * sum(range(64)), "the state is as it was"
+
+
+def joined(params: Any, batch: Tensor, axis: fz.Axis) -> Tensor:
+    return (params["w"] * axis.gather(batch).mean()).sum()
+
+
+def axis_inside() -> tuple[str, str]:
+    """Inside an eager gradient that all ranks take, each gathers as many rows as it has."""
+    state = state_of(deadline=60.0)
+    kind, message, seconds = outcome(fz.grad(joined), state, torch.ones(2 + dist.get_rank(), 64), state.mesh["data"])
+    assert seconds < 30.0, "nobody has to wait for a deadline"
+    fz.grad(joined)(state, torch.ones(2, 64), state.mesh["data"])
+    return kind, message
+
+
+def test_ranks_agree_on_what_a_function_does_along_an_axis_eagerly() -> None:
+    for kind, message in world.run(axis_inside, size=2):
+        assert kind == "ProgramMismatchError" and "fz.Axis.gather" in message
+        assert "(2, 64) over data" in message and "(3, 64) over data" in message
 
 
 def branches(params: Any, batch: Any) -> Tensor:

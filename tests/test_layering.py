@@ -41,6 +41,7 @@ PROGRAM = [
     "passes",
     "lower",
     "signature donation failure pipeline program",
+    "make",
     "kept",
     "jit",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fzero as fz
-from fzero.train.state import Skip
+from fzero.train.step import Skip
 from tests import world
 from tests.small import assert_same_bits, copied, flat, gradient_of, parameters, same_bits
 

@@ -116,7 +116,8 @@ def accumulate(
             return recipes[0].finish(terms, n)
         ranks = ranks_of([args[i] for i in differentiated if i < len(args)])
         with together("fz.accumulate"):
-            weights = relative(_weights(weight, index, batch.only_counted()), ranks)
+            own = _weights(weight, index, batch.only_counted())
+        weights = relative(own, ranks)
         # A single micro-batch needs no loop.
         loop = _loop if n > 1 else _run
         terms = loop(weighted, lambda: recipes[0].kinds, index, batch.whole, [*batch.split, weights])

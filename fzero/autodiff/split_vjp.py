@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,15 +25,12 @@ from fzero.autodiff.residuals import Residuals, SavedResiduals, check_held
 from fzero.autodiff.vjp import abstract, check_cotangent, refuse_dynamo, vjp
 from fzero.errors import MeshError, ResidualsError, TraceError
 from fzero.program.agree.fingerprint import fingerprint
-from fzero.program.agree.order import in_first_order
 from fzero.program.graph.absent import traced_for
 from fzero.program.graph.inline import inline
 from fzero.program.graph.kinds import kinds_in
 from fzero.program.graph.partition import Halves, cotangent_like, partition
-from fzero.program.graph.trace import Trace, trace_flat
-from fzero.program.lower.choose import lowered
+from fzero.program.graph.trace import Trace, collector_paused, trace_flat
 from fzero.program.options import Options
-from fzero.program.pipeline import collector_paused, run_passes
 from fzero.program.program import Program
 from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.ranks.peers import together
@@ -148,7 +144,9 @@ class _Split:
         with together(call):
             program = joint.programs.get(half)
             if program is None:
-                program = _program(call, trace)
+                from fzero.program.make import made  # passes and lowerings are loaded for the first program
+
+                program = made(call, trace, _OPTIONS, "first call")
             program.agree(call, signature.by_path, inputs)
             joint.programs[half] = program
             return program(list(inputs))
@@ -219,12 +217,6 @@ def residuals(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., 
         return SavedResiduals(split.joint(*split.open(primals)).halves.saved)
 
     return listing
-
-
-def _program(name: str, trace: Trace) -> Program:
-    with collector_paused():
-        trace, stages = in_first_order(name, partial(run_passes, trace, _OPTIONS))
-    return Program(name, trace, lowered(trace, _OPTIONS), "first call", stages)
 
 
 def _by_reference(signature: Signature) -> frozenset[int]:

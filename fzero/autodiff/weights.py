@@ -22,6 +22,7 @@ from fzero.autodiff.open import HasPrimal
 from fzero.ranks.average import average
 from fzero.ranks.collectives import all_reduce
 from fzero.ranks.mesh import Mesh
+from fzero.ranks.peers import collective
 from fzero.sharding.sharded import Sharded
 
 
@@ -54,6 +55,7 @@ def weight_of(given: Any, device: torch.device) -> Tensor:
     )
 
 
+@collective("fz.accumulate", lambda weights, ranks: [] if ranks is None else [f"weights over {ranks.axes}"])
 def relative(weights: Tensor, ranks: Ranks | None) -> Tensor:
     """Return weights divided by their mean over micro-batches and ranks; zeros where all are zero.
 

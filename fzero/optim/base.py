@@ -32,11 +32,12 @@ from fzero.optim.norm import Squares
 from fzero.optim.pair import check_pair
 from fzero.random.bits import fold, signed, step_keys
 from fzero.ranks.mesh import Mesh
+from fzero.ranks.peers import collective
 from fzero.sharding.layout import zero
 from fzero.sharding.leaf import Spec, join_block, own_piece
 from fzero.sharding.parameters import check_updated
 from fzero.sharding.placement import place
-from fzero.sharding.sharded import Sharded
+from fzero.sharding.sharded import Sharded, held
 
 Rate = float | Callable[[Tensor], Tensor]
 Mask = Callable[[str], bool]
@@ -54,6 +55,7 @@ class Optimizer(ABC):
         check_updated(type(self).__name__, lifted.paths, lifted.pieces)
         return self.init_sharded(lifted)
 
+    @collective("Optimizer.update", lambda self, grads, opt_state, params, **_: held(grads, params))
     def update(
         self, grads: Any, opt_state: Any, params: Any, *, step: int | Tensor, seed: int | Tensor
     ) -> tuple[Any, Any]:

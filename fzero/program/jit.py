@@ -20,15 +20,12 @@ from fzero._torch import get_proxy_mode, is_functorch_wrapped, under_dynamo
 from fzero.calls import shown
 from fzero.errors import MeshError, TraceError
 from fzero.program import donation
-from fzero.program.agree.order import in_first_order
 from fzero.program.graph.absent import traced_for
 from fzero.program.graph.kinds import kinds_in
-from fzero.program.graph.trace import Trace, trace_flat
+from fzero.program.graph.trace import Trace, collector_paused, trace_flat
 from fzero.program.kept.family import Families, opened
 from fzero.program.kept.retrace import Kept, names_of
-from fzero.program.lower.choose import lowered, takes_any_size
-from fzero.program.options import Options
-from fzero.program.pipeline import collector_paused, run_passes
+from fzero.program.options import Options, takes_any_size
 from fzero.program.program import Program
 from fzero.program.signature import Signature, examples_of, simulated_on
 from fzero.ranks.peers import together
@@ -156,10 +153,9 @@ class Jitted:
         return cause
 
     def _finished(self, trace: Trace, cause: str, *, runs: bool = False) -> Program:
-        passes = functools.partial(run_passes, trace, self.options)
-        with collector_paused():
-            trace, stages = in_first_order(self.name, passes) if runs else passes()
-        return Program(self.name, trace, lowered(trace, self.options), cause, stages)
+        from fzero.program.make import made  # passes and lowerings are loaded for the first program
+
+        return made(self.name, trace, self.options, cause, runs=runs)
 
 
 def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), **options: Any) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 Lower = Literal["graph", "inductor", "cudagraph"]
 
@@ -65,3 +68,14 @@ class Options:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def takes_any_size(leaves: Sequence[Tensor], options: Options) -> bool:
+    """Return whether a program of these inputs may leave sizes open: Inductor and CUDA graphs fix them."""
+    return options.sizes == "any" and (options.lower or default_for(leaves)) == "graph"
+
+
+def default_for(values: Sequence[Any]) -> Lower:
+    """Return how a program of these inputs runs where the user has not chosen."""
+    on_cuda = any(x.device.type == "cuda" for x in values if isinstance(x, Tensor))
+    return "inductor" if on_cuda else "graph"

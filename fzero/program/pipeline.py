@@ -13,10 +13,8 @@ A loop's body is a program of its own and goes through the same passes.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from fzero.program.agree.order import Order, with_order
 from fzero.program.graph.trace import Trace
@@ -63,15 +61,3 @@ def _stage(name: str, trace: Trace, seconds: float) -> Stage:
 def _count(trace: Trace) -> int:
     own = sum(node.op == "call_function" for node in trace.module.graph.nodes)
     return own + sum(_count(body) for body in trace.bodies.values())
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from going over a growing graph again and again: a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

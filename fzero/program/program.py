@@ -7,28 +7,27 @@ import difflib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from fzero.display.html import html_of_program
 from fzero.marks import line_of
 from fzero.program.agree.order import collectives, digest
 from fzero.program.failure import note_place
 from fzero.program.graph.settle import at_shapes
 from fzero.program.graph.sizes import Dim, Shapes
 from fzero.program.graph.trace import Trace
-from fzero.program.lower.choose import Late
-from fzero.program.lower.python import Lowered
-from fzero.program.report.flops import flops_of
-from fzero.program.report.memory import Memory, memory_of
-from fzero.program.report.roofline import Device, Estimate, estimate
+from fzero.program.lower.python import Late, Lowered
 from fzero.program.report.stage import Stage
-from fzero.program.report.text import costs, stage_table, text_of
-from fzero.program.report.traffic import Traffic, traffic_of
 from fzero.ranks.peers import compare
+
+# Reports are loaded by who asks for one.
+if TYPE_CHECKING:
+    from fzero.program.report.memory import Memory
+    from fzero.program.report.roofline import Device, Estimate
+    from fzero.program.report.traffic import Traffic
 
 # Shapes of inputs for which a program knows what it sends, where that depends on them.
 _REMEMBERED = 64
@@ -114,6 +113,8 @@ class Program:
 
     def text(self) -> str:
         """Return the program as readable code, each operation with its shape and the line that it comes from."""
+        from fzero.program.report.text import text_of
+
         return text_of(self.trace, self.name)
 
     def print(self) -> None:
@@ -122,9 +123,13 @@ class Program:
 
     def report(self) -> str:
         """Return what the program costs and what each pass bought, as text."""
+        from fzero.program.report.text import costs
+
         return "\n\n".join([costs(self.memory(), self.traffic(), self.flops()), *self._stage_table()])
 
     def _stage_table(self) -> list[str]:
+        from fzero.program.report.text import stage_table
+
         return [stage_table(self.stages)] if self.stages else []
 
     def memory(self) -> Memory:
@@ -149,18 +154,26 @@ class Program:
         Raises:
             ValueError: there is no such device.
         """
+        from fzero.program.report.roofline import estimate
+
         return estimate(self.trace, device, between=between)
 
     @functools.cached_property
     def _memory(self) -> Memory:
+        from fzero.program.report.memory import memory_of
+
         return memory_of(self.trace)
 
     @functools.cached_property
     def _traffic(self) -> Traffic:
+        from fzero.program.report.traffic import traffic_of
+
         return traffic_of(self.trace)
 
     @functools.cached_property
     def _flops(self) -> int:
+        from fzero.program.report.flops import flops_of
+
         return flops_of(self.trace)
 
     @functools.cached_property
@@ -201,6 +214,8 @@ class Program:
         return f"Program({self.name}: {len(self.trace.inputs)} inputs, {count} operations; {self.cause})"
 
     def _repr_html_(self) -> str:
+        from fzero.display.html import html_of_program
+
         return html_of_program(repr(self), self.memory(), self.traffic(), self.flops(), self.stages)
 
 

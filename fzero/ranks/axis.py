@@ -46,7 +46,7 @@ class Axis:
         """This rank's coordinate, int32 of shape (): data, so that all ranks trace the same program."""
         return self.ranks.index_tensor(self.name)
 
-    @collective("fz.Axis.sum", _kind)
+    @collective("fz.Axis.sum", _kind, within=True)
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over the axis, the same bits on every rank.
 
@@ -55,7 +55,7 @@ class Axis:
         """
         return all_reduce(x, self.ranks, self.name)
 
-    @collective("fz.Axis.gather", _kind)
+    @collective("fz.Axis.gather", _kind, within=True)
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return the ranks' tensors joined along `dim`, in rank order: of size `n` there, `size · n`.
 
@@ -75,7 +75,7 @@ class Axis:
         self._check(x, dim, "gather")
         return all_gather(x.movedim(dim, 0), self.ranks, self.name).movedim(0, dim)
 
-    @collective("fz.Axis.scatter", _kind)
+    @collective("fz.Axis.scatter", _kind, within=True)
     def scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return this rank's part of the sum over the axis: of size `size · n` along `dim`, `n`.
 

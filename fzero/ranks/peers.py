@@ -95,7 +95,9 @@ def _failed_inside(error: Exception) -> None:
         world().tell(error, INSIDE)
 
 
-def collective(call: str, of: Callable[..., Sequence[str]]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def collective(
+    call: str, of: Callable[..., Sequence[str]], *, within: bool = False
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make a function one that all ranks call together, and that they agree on before it runs.
 
     Inside another such call, or inside a trace, it is part of that.
@@ -103,6 +105,7 @@ def collective(call: str, of: Callable[..., Sequence[str]]) -> Callable[[Callabl
     Args:
         call: its name.
         of: what its collectives depend on, as lines of text: a function of its arguments. No lines, no collectives.
+        within: whether ranks agree on it inside another such call too, since the user's function decides if it is made.
     """
 
     def decorated(f: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -111,16 +114,17 @@ def collective(call: str, of: Callable[..., Sequence[str]]) -> Callable[[Callabl
             if not dist.is_initialized():
                 return f(*args, **kwargs)
             with together(call):
-                lines = [] if _here.agreed or get_proxy_mode() is not None else of(*args, **kwargs)
+                part = (_here.agreed and not within) or get_proxy_mode() is not None
+                lines = [] if part else of(*args, **kwargs)
                 if not lines:
                     return f(*args, **kwargs)
                 digest = hashlib.sha256("\n".join((call, *lines)).encode()).hexdigest()[:32]
                 compare(digest, call, dict, lambda: [(line, None) for line in lines])
-                _here.agreed = True
+                before, _here.agreed = _here.agreed, True
                 try:
                     return f(*args, **kwargs)
                 finally:
-                    _here.agreed = False
+                    _here.agreed = before
 
         return run
 

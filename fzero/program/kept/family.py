@@ -19,8 +19,7 @@ from fzero import tree
 from fzero.program.graph.kinds import kinds_in
 from fzero.program.graph.settle import settled
 from fzero.program.graph.sizes import Dim, Shapes, Symbols
-from fzero.program.graph.trace import Trace
-from fzero.program.pipeline import collector_paused
+from fzero.program.graph.trace import Trace, collector_paused
 from fzero.program.program import Program
 from fzero.program.signature import Signature
 

@@ -158,3 +158,19 @@ def _target_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return str(target)
     return getattr(target, "__name__", type(target).__name__)
+
+
+class Late:
+    """A lowering that takes long, made when it is first needed: a program that is only looked at needs no compiler."""
+
+    def __init__(self, make: Callable[[], Lowered]):
+        self.make = make
+        self.made: Lowered | None = None
+
+    def make_ready(self) -> Lowered:
+        """Make it, unless that has been done."""
+        self.made = self.made or self.make()
+        return self.made
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self.make_ready()(inputs)
