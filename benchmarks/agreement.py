@@ -1,9 +1,10 @@
 """What it costs that ranks agree at every call: a step of about 10 ms with agreement, and its program run directly.
 
-The two take turns in the same processes, in an order drawn anew for each pair; the figure is the median over pairs of
-the difference of the slowest rank's times, with its quartiles. The bare exchange is timed too, `compare` in a loop, and
-beside it the smallest collective of gloo. Give it a quiet machine: a rank that another process keeps from its core is
-waited for.
+What a step becomes longer by is the time from when the last rank comes until the last one goes on; it is taken over
+many calls to which ranks come one after another. Beside it stands the difference itself: a step and its program run
+directly take turns in the same processes, in an order drawn anew for each pair, and the median over pairs is told with
+its quartiles, which on a busy machine are far apart. The bare exchange is timed too, `compare` in a loop, and beside it
+the smallest collective of gloo. Give it a quiet machine: a rank that another process keeps from its core is waited for.
 
     python benchmarks/agreement.py                 # 2 and 4 ranks, written to benchmarks/results/agreement-cpu.json
 """
@@ -74,6 +75,20 @@ def measured(pairs: int, width: int, depth: int) -> dict[str, Any]:
         named = {"least": min(found), "tenth": tenth, "median": statistics.median(found)}
         return {name: round(value, 1) for name, value in named.items()}
 
+    def added() -> dict[str, Any]:
+        """Microseconds from when the last rank comes until the last one goes on: what a step becomes longer by."""
+        waits, times = random.Random(dist.get_rank()), []
+        for _ in range(_CALLS):
+            time.sleep(waits.uniform(0.0, 0.002))  # ranks come one after another, as they do out of a step
+            came = time.perf_counter()  # a clock that the processes of a machine share
+            compare("same", "step", dict, list)
+            times.append((came, time.perf_counter()))
+        everyone = [torch.zeros(_CALLS, 2, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, torch.tensor(times, dtype=torch.float64))
+        came_and_went = torch.stack(everyone).amax(0)
+        cuts = statistics.quantiles((1e6 * (came_and_went[:, 1] - came_and_went[:, 0])).tolist(), n=4)
+        return {"median": round(cuts[1], 1), "quartiles": [round(cuts[0], 1), round(cuts[2], 1)]}
+
     order, differences, plain = random.Random(0), [], []
     for _ in range(pairs):
         ways = [agreed, direct] if order.random() < 0.5 else [direct, agreed]
@@ -86,6 +101,8 @@ def measured(pairs: int, width: int, depth: int) -> dict[str, Any]:
     quartiles = [round(1e6 * q, 1) for q in statistics.quantiles(differences, n=4)]
     return {
         "ranks": dist.get_world_size(),
+        "added_us": (extra := added()),
+        "share_of_a_step_of_10_ms_percent": round(extra["median"] / 100, 2),
         "step_ms": round(1e3 * statistics.median(plain), 3),
         "agreement_us": {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]},
         "share_of_step_percent": round(1e-4 * quartiles[1] / statistics.median(plain), 2),
