@@ -35,10 +35,10 @@ demo-vision: $(INSTALLED)  ## train a vision transformer and a GPT together, to 
 	$(RUN) examples/vision_language.py
 
 test: $(INSTALLED)  ## the fast tests and the doctests, by two workers
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 3 --dist worksteal
 
 test-all: $(INSTALLED)  ## the slow tests too
-	$(RUN) -m pytest -n 2 --dist worksteal -m ''
+	$(RUN) -m pytest -n 3 --dist worksteal -m ''
 
 lint: $(INSTALLED)  ## ruff and mypy; changes nothing
 	$(RUN) -m ruff check .

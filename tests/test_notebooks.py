@@ -74,8 +74,7 @@ def test_a_notebook_is_stored_as_it_ran(path: Path) -> None:
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
-    if path.stem != "vision_language":  # which trains for minutes: the next run of it stores wider figures
-        assert min(widths(notebook)) >= LEAST_WIDTH, "figures are too small to read"
+    assert min(widths(notebook)) >= LEAST_WIDTH, "figures are too small to read"
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert path.stat().st_size < MOST_BYTES
 
