@@ -34,7 +34,7 @@ demo: $(INSTALLED)  ## train a small GPT
 demo-vision: $(INSTALLED)  ## train a vision transformer and a GPT together, to read and add handwritten digits
 	$(RUN) examples/vision_language.py
 
-test: $(INSTALLED)  ## the fast tests and the doctests, by two workers
+test: $(INSTALLED)  ## the fast tests and the doctests, by three workers
 	$(RUN) -m pytest -n 3 --dist worksteal
 
 test-all: $(INSTALLED)  ## the slow tests too

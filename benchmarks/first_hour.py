@@ -173,8 +173,10 @@ def suite(before: Path | None = None) -> dict[str, Any]:
     found = {}
     for name, folder in folders.items():
         said: list[str] = []
-        seconds = _ran(folder, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q", said=said)
+        workers = re.findall(r"pytest -n (\d+)", (folder / "Makefile").read_text())[0]
+        seconds = _ran(folder, "-m", "pytest", "-n", workers, "--dist", "worksteal", "-q", said=said)
         found[name] = seconds | {"said": next((line for line in reversed(said) if re.search(r" in \d", line)), "")}
+        print(name, found[name], flush=True)
     return found
 
 
