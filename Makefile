@@ -1,9 +1,15 @@
 # Everything runs from .venv, which the first target that needs it builds. `make help` lists the targets.
 
+# `make test TORCH=2.11.0` runs with another version of torch, in a virtual environment of its own.
+
 PYTHON ?= python3
-RUN := .venv/bin/python
-INSTALLED := .venv/.installed
-BENCH := .venv/.installed-bench
+TORCH ?=
+VENV := .venv$(TORCH:%=-%)
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BENCH := $(VENV)/.installed-bench
+# Another torch brings a Triton of its own.
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
 .PHONY: help install demo demo-vision test test-all lint format notebooks bench bench-gpu bench-programs bench-precision bench-composition clean
 .DEFAULT_GOAL := help
@@ -19,13 +25,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	        echo "fzero needs Python 3.11 or newer, and '$(PYTHON)' is missing or older: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
 	        exit 1; }; \
-	    $(PYTHON) -m venv .venv; }
-	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	    $(PYTHON) -m venv $(VENV); }
+	$(if $(TORCH),sed -E 's/^torch==.*/torch==$(TORCH)/; /^triton==/d' constraints.txt > $(CONSTRAINTS))
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 # DeepSpeed is built from source: for a CPU, and without its own kernels, which the benchmark does not use.
 $(BENCH): $(INSTALLED)
-	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(RUN) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[bench]'
 	@touch $@
 
 demo: $(INSTALLED)  ## train a small GPT
@@ -71,6 +78,6 @@ notebooks: $(INSTALLED)  ## execute the notebooks in place, so that they are sto
 bench-composition: $(INSTALLED)  ## what composition costs, and what adapters on a frozen base hold
 	$(RUN) benchmarks/composition.py
 
-clean:  ## remove what runs leave behind, except .venv
+clean:  ## remove what runs leave behind, except virtual environments
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

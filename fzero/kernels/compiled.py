@@ -33,8 +33,9 @@ MIN_TRACED = 2
 # Elements that op-by-op evaluation holds temporaries of: some 100 MB for AdamW, not 100 bytes for each of a leaf's.
 CHUNK = 1 << 20
 
-# About how many elements a reference is traced with. 7 rows more stand for every number of rows: that sum has no factor
-# that a guard could settle on.
+# About how many elements a reference is traced with: 7 rows more than 1,048,576 elements make, so that the number of
+# rows, such as 8,199 rows of 128, is no multiple of 2. With 8,192 rows the trace would notice that the number divides
+# by 16, and hold for such numbers only.
 EXAMPLE_LENGTH = CHUNK
 # Threads are those of the caller when it calls; the compiler runs in this process and leaves no workers behind.
 INDUCTOR_SETTINGS: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1}

@@ -68,7 +68,27 @@ def _with_chain(before: dict[fx.Node, list[fx.Node]], chain: dict[fx.Node, fx.No
 
 
 class _Plan:
-    """What both schedules look at: who needs whom, and which nodes come with their consumer."""
+    """What both schedules look at: who needs whom, and which nodes come with their consumer.
+
+    Attributes:
+        inside: the bytes that a loop holds while it runs, for each loop.
+        nodes: all nodes, in the order that was given.
+        order: the place of a node in it.
+        values: the buffers behind the nodes.
+        output: the node that returns the results.
+        before: for a node, those that have to come earlier.
+        in_place: updates that overwrite what they read.
+        tiny: values of fewer bytes are small: 4,096, or less where the largest buffer is below 1 MiB.
+        lazy: nodes that are placed right before who first reads them: constants, views, the joining of gathered pieces
+            into a leaf, and small values that hang on inputs alone.
+        parts: for an operation, the nodes that pick its results apart.
+        readers: for a buffer, how many nodes read it.
+        free: for a buffer, whether nobody reads it.
+        hard: the operations that a schedule places.
+        needs: for each of these, those of them that it reads from, be it through lazy nodes.
+        users: the other way round.
+        readers_of: for a buffer, those of them that read it.
+    """
 
     def __init__(self, graph: fx.Graph, values: Values, inside: dict[fx.Node, int], chain: dict[fx.Node, fx.Node]):
         self.inside = inside
