@@ -77,9 +77,11 @@ def measured(pairs: int, width: int, depth: int) -> dict[str, Any]:
 
     def added() -> dict[str, Any]:
         """Microseconds from when the last rank comes until the last one goes on: what a step becomes longer by."""
-        waits, times = random.Random(dist.get_rank()), []
+        waits, times, operand = random.Random(dist.get_rank()), [], torch.ones(64, 64)
         for _ in range(_CALLS):
-            time.sleep(waits.uniform(0.0, 0.002))  # ranks come one after another, as they do out of a step
+            until = time.perf_counter() + waits.uniform(0.0, 0.002)  # ranks come one after another, out of a step
+            while time.perf_counter() < until:
+                torch.mm(operand, operand)
             came = time.perf_counter()  # a clock that the processes of a machine share
             compare("same", "step", dict, list)
             times.append((came, time.perf_counter()))

@@ -1,7 +1,7 @@
 """An axis as a value: `mesh["data"]`, with its collectives as methods.
 
-They are the collectives of `fzero.ranks.collectives`, along any dimension, and each is the transpose of another, so a function
-that is differentiated may use them:
+They are the collectives of `fzero.ranks.collectives`, along any dimension, and each is the transpose of another, so a
+function that is differentiated may use them:
 
     gather   ↔  scatter          sum  =  its own transpose
 
