@@ -84,7 +84,7 @@ OPTIMIZERS: dict[str, fz.Optimizer] = {
     "lion": fz.lion(1e-3),
     "dropout": fz.sgd(0.1),
 }
-FAST = {(2, 1, "bf16", "clipped"), (2, 3, "fp32", "dropout")}
+FAST = {(1, 1, "bf16", "clipped"), (2, 3, "fp32", "dropout")}
 PRODUCT = [
     (size, stage, policy, name)
     for size in (1, 2, 4)

@@ -164,6 +164,7 @@ def test_adapters_learn_and_the_base_keeps_its_bits() -> None:
     small.assert_same_bits(params, same)
 
 
+@pytest.mark.slow
 def test_adapters_take_little_memory_and_the_base_is_never_whole() -> None:
     wider = Config(width=128, depth=4, heads=2)  # a thinner adapter would be too small to cut
     figures = lora.foretold(wider, ranks=8, rank=2, rows=1, tokens=8)

@@ -78,7 +78,7 @@ def trained(stage: int, microbatches: int) -> tuple[float, list[bool]]:
     ("size", "stage", "microbatches"),
     [
         pytest.param(2, 0, 1, marks=pytest.mark.slow),
-        (2, 1, 1),
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
         (2, 3, 2),
         pytest.param(4, 3, 1, marks=pytest.mark.slow),
     ],
