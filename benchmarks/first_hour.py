@@ -8,7 +8,7 @@
     python benchmarks/first_hour.py suite      `make test`, with cold compiler caches
 
 With `--before PATH` imports, demo and suite do the same in an older checkout, in the same run. The older demo runs a
-few steps only, from which its whole is told.
+few steps only, from which its 500 steps of 16 rows are told; today's has 450 of 12.
 
 Figures go into `benchmarks/results/first-hour.json`, part by part; those of parts that were not run stay.
 """
@@ -124,9 +124,11 @@ def _timed(step: Callable[..., Any], state: Any, batch: Any) -> tuple[Any, float
 
 
 _IMPORT = """
-import time
+import gc, sys, time
 start = time.process_time()
 import torch
+if "uncollected" in sys.argv:
+    gc.disable()
 between = time.process_time()
 import fzero
 print(between - start, time.process_time() - between)
@@ -134,13 +136,17 @@ print(between - start, time.process_time() - between)
 
 
 def imports(before: Path | None = None, repeats: int = 9) -> dict[str, Any]:
-    """Return medians of the CPU seconds of `import torch`, and of `import fzero` after it, each in a fresh process."""
-    checkouts = {"now": HERE} | ({} if before is None else {"before": before})
+    """Return medians of the CPU seconds of `import torch`, and of `import fzero` after it, each in a fresh process.
+
+    `uncollected` is the same with Python's garbage collector off: importing torch makes a full collection due, which
+    comes while fzero is imported.
+    """
+    checkouts = {"now": HERE, "uncollected": HERE} | ({} if before is None else {"before": before})
     rows: dict[str, list[list[float]]] = {name: [] for name in checkouts}
     for _ in range(repeats + 1):  # the first run of each writes byte code
         for name, folder in checkouts.items():
             environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "PYTHONDONTWRITEBYTECODE": ""}
-            command = [sys.executable, "-c", _IMPORT]  # which looks for fzero where it runs
+            command = [sys.executable, "-c", _IMPORT, name]  # which looks for fzero where it runs
             run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
             rows[name].append([float(x) for x in run.stdout.split()])
     medians = {name: [statistics.median(column) for column in zip(*of[1:], strict=True)] for name, of in rows.items()}

@@ -5,14 +5,16 @@
 
 A kernel of `fzero.kernels.launch` works on 1,024 elements with 128 threads, so that its instructions are those of 8
 elements. Triton's own assembler makes the machine code for compute capability 9.0, and its own disassembler lists it:
-instructions in all, memory accesses by their width, and those that a division or a root takes, which run at a quarter
-of the rate or less. Where memory is read and written at 4.8 TB/s, and 132 multiprocessors issue 4 instructions for 32
-threads a cycle at 1.7 GHz, AdamW on bf16, 14 bytes an element, is bound by instructions above some 660 for 8 elements.
+instructions in all, memory accesses by their width, and those that a division or a root takes, which run at an eighth
+of the rate. Where memory is read and written at 4.8 TB/s, and 132 multiprocessors issue 4 instructions for 32
+threads a cycle at 1.7 GHz, AdamW on bf16, 14 bytes an element, is bound by instructions above some 670 for 8 elements.
+The whole kernel is counted, with the slow way of a division, which few elements ever take.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +55,33 @@ def counted() -> dict[str, dict[str, Any]]:
 
 
 def _counted(name: str, state: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    from fzero.kernels.launch import update_one
+
+    update = getattr(importlib.import_module(f"fzero.kernels.{name}"), name.upper())
+    return _listed(compiled(update_one, update, STATICS[name], state).asm["cubin"])
+
+
+def compiled(kernel: Any, update: Any, statics: Iterable[float | bool], state: tuple[tuple[str, ...], ...]) -> Any:
+    """Compile an update for compute capability 9.0, its operands aligned as those of an allocator are.
+
+    Args:
+        kernel: `update_one` or `update_many` of `fzero.kernels.launch`.
+        update: the kernel of an optimizer, such as `fzero.kernels.adamw.ADAMW`.
+        statics: what it is called with, in its order.
+        state: for each value of an element's state the types of its tensors, as Triton names them.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    update, kernel = _update(name)
-    numbers = ("fp32",) * len(update.numbers(*STATICS[name]))
+    from fzero.kernels.launch import BLOCKS
+
     types: dict[str, Any] = {
-        "out": state, "state": state, "g": "*bf16", "scalars": "*fp32", "keys": "*i32", "offset": "*i32",
-        "length": "i64", "numbers": numbers,
+        "out": state, "state": state, "like": state, "g": "*bf16", "g_like": "*bf16", "scalars": "*fp32",
+        "keys": "*i32", "offset": "*i32", "offsets": "*i32", "length": "i64", "table": "*i64", "programs": "*i64",
+        "numbers": ("fp32",) * len(update.numbers(*statics)),
     }  # fmt: skip
-    constants = {"FORMULA": update.kernel, "STOCHASTIC": True}
+    constants = {"FORMULA": update.kernel, "STOCHASTIC": True, "ALIGNED": True, "COLUMNS": 16, "BLOCKS": BLOCKS}
     attributes: dict[tuple[int, ...], Any] = {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in ("out", "state"):
@@ -71,18 +90,9 @@ def _counted(name: str, state: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
         elif argument in ("g", "length"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    return _listed(made.asm["cubin"])
-
-
-def _update(name: str) -> tuple[Any, Any]:
-    """Return an optimizer's kernel and the launch for one leaf, wherever this version of fzero keeps them."""
-    import importlib
-
-    from fzero.kernels.launch import update_one
-
-    return getattr(importlib.import_module(f"fzero.kernels.{name}"), name.upper()), update_one
+    known = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
+    source = ASTSource(kernel, signature, known, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
 
 
 def _listed(cubin: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.rounding import round_stochastic
-from fzero.random.bits import bits, fold, leaf_keys, mix, normal, remix, shift_right, signed, uniform
+from fzero.random.bits import GOLDEN, bits, fold, leaf_keys, mix, normal, remix, shift_right, signed, uniform
 
 DRAWS = 1 << 16
 
@@ -266,3 +266,12 @@ def test_rounding_refuses_other_dtypes() -> None:
         round_stochastic(torch.ones(2), noise, torch.float64)
     with pytest.raises(ValueError, match=r"x has dtype torch\.bfloat16"):
         round_stochastic(torch.ones(2, dtype=torch.bfloat16), noise)
+
+
+@pytest.mark.parametrize("shapes", [((), ()), ((2,), ()), ((2,), (5, 1))], ids=str)
+def test_folding_a_key_is_one_operator_with_the_bits_of_its_formula(shapes: tuple[tuple[int, ...], ...]) -> None:
+    key, data = (words(max(1, math.prod(shape)), i).reshape(shape) for i, shape in enumerate(shapes))
+    expected = mix(data, key, GOLDEN)
+    assert torch.equal(fold(key, data), expected)
+    assert torch.equal(torch.vmap(fold, in_dims=(None, 0))(key, torch.stack([data, data + 1]))[0], expected)
+    torch.library.opcheck(torch.ops.fzero.fold.default, (key, data), test_utils=("test_schema", "test_faketensor"))

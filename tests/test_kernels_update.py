@@ -145,35 +145,15 @@ POINTERS = {
 
 def check_ptx(name: str, storages: Sequence[Sequence[str]]) -> None:
     """Compile for one leaf and for many: exact roots and quotients, nothing fused, 16 bytes at a time."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from instructions import compiled
 
     from fzero.kernels.launch import update_many, update_one
 
     update, _, statics = UPDATES[name]
-    assert update.numbers is not None
     for storage in storages:
         state = tuple(POINTERS[kind] for kind in storage)
-        types: dict[str, Any] = {
-            "out": state, "state": state, "like": state, "g": "*bf16", "g_like": "*bf16", "scalars": "*fp32",
-            "keys": "*i32", "offset": "*i32", "offsets": "*i32", "length": "i64", "table": "*i64", "programs": "*i64",
-            "numbers": ("fp32",) * len(update.numbers(*statics.values())),
-        }  # fmt: skip
-        constants = {"FORMULA": update.kernel, "STOCHASTIC": True, "ALIGNED": True, "COLUMNS": 16, "BLOCKS": BLOCKS}
         for kernel in (update_one, update_many):
-            attributes: dict[tuple[int, ...], Any] = {}
-            for i, argument in enumerate(kernel.arg_names):
-                if argument in ("out", "state"):
-                    places = [(i, k, j) for k, pair in enumerate(state) for j in range(len(pair))]
-                    attributes |= {place: [["tt.divisibility", 16]] for place in places}
-                elif argument in ("g", "length"):
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            names = [argument for argument in kernel.arg_names if argument in constants]
-            signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-            source = ASTSource(kernel, signature, {argument: constants[argument] for argument in names}, attributes)
-            options = {"enable_fp_fusion": False}
-            ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+            ptx = compiled(kernel, update, statics.values(), state).asm["ptx"]
             # Codes are found by roots that need not be exact, and made whole.
             exact = ptx.replace("sqrt.approx.ftz.f32", "").replace("cvt.rmi.ftz.f32.f32", "")
             assert "fma." not in exact and "ftz" not in exact and "approx" not in exact

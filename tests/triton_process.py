@@ -61,7 +61,8 @@ def _run(code: str, *, interpret: bool) -> None:
 
 
 def _started(interpret: bool) -> subprocess.Popen[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": str(ROOT)}
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": folders}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.triton_process"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What the update kernels share: two ops each, argument checks, the torch reference and how it runs, the launch.
+"""What the update kernels share: two ops each, argument checks, and by which of the two forms an op is answered.
 
 A kernel is a formula in float32. Around it stand loading the state of an element from however it is stored, and storing
 the new one, rounded; see `fzero.kernels.storage`. An op takes many leaves, so that the small ones share a launch:

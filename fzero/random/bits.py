@@ -84,7 +84,7 @@ def fold(key: Tensor, data: int | Tensor) -> Tensor:
     """
     if isinstance(data, int):
         data = torch.full((), signed(data), dtype=torch.int32, device=key.device)
-    if is_functorch_wrapped(key) or is_functorch_wrapped(data):  # whose transforms know no operator of ours
+    if is_functorch_wrapped(key) or is_functorch_wrapped(data):  # vmap has no rule for an operator of ours
         return _fold(key, data)
     folded: Tensor = torch.ops.fzero.fold(key, data)
     return folded
