@@ -160,6 +160,40 @@ def test_values_written_through_views_and_masks():
     assert torch.equal(leaf(make), make())
 
 
+def cast() -> nn.Module:
+    module = mlp(4).to(torch.bfloat16)
+    nn.init.constant_(module.get_parameter("0.weight"), 2.0)
+    return module
+
+
+def tied_and_cast() -> nn.Module:
+    first, last = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    last.weight = first.weight
+    module = nn.Sequential(first, last).double()
+    nn.init.ones_(last.weight)
+    return module
+
+
+def given_other_memory() -> nn.Module:
+    module = nn.Linear(4, 4, bias=False)
+    module.weight.data = torch.ones(4, 4)
+    module.weight.data.mul_(2)
+    with torch.no_grad():
+        module.weight.add_(1)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("factory", "path", "value", "count"),
+    [(cast, "0.weight", 2.0, 4), (tied_and_cast, "0.weight", 1.0, 1), (given_other_memory, "weight", 3.0, 1)],
+)
+def test_memory_that_a_parameter_was_given_is_followed(factory, path, value, count):
+    model, expected = deferred(factory), factory().state_dict()[path]
+    assert len(model.paths) == count
+    assert torch.equal(model.materialize(path), torch.full((4, 4), value, dtype=expected.dtype))
+    assert torch.equal(model.materialize(path), expected)
+
+
 def test_constants_keep_the_values_they_had():
     def make() -> Tensor:
         constant = torch.tensor([1.0, 2.0])

@@ -5,6 +5,7 @@ A test that fails here asks for a look at the code it names, not for another exp
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.func import grad, jvp, vjp
+from torch.nn.init import trunc_normal_
 from transformers.modeling_outputs import CausalLMOutput
 
 from fzero._torch import (
@@ -233,6 +235,33 @@ def test_a_trace_has_no_values_to_look_at(look):
         x = torch.ones(1)
     with pytest.raises(data_dependent_errors()):
         make_fx(lambda x: x * look(x), tracing_mode="fake")(x)
+
+
+def test_a_trace_does_not_see_that_a_tensor_was_given_other_memory():
+    """Why `fzero.modules.recording` follows storages. A trace follows objects: it gives out what `x` held before."""
+
+    def f() -> Tensor:
+        x = torch.zeros(2)
+        x.data = torch.ones(2)
+        return x.add_(1)
+
+    assert f().tolist() == [2, 2]
+    assert make_fx(f, tracing_mode="fake")()().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer.to(torch.bfloat16), copy.deepcopy, lambda layer: trunc_normal_(layer.weight)]
+)
+def test_a_trace_cannot_hold_what_factories_do_to_layers(change):
+    """Why `fzero.modules.recording` records on the meta device, and truncated normals whole."""
+
+    def f() -> list[Tensor]:
+        layer = torch.nn.Linear(2, 2)
+        change(layer)
+        return list(layer.parameters())
+
+    with pytest.raises((RuntimeError, *data_dependent_errors())):
+        make_fx(f, tracing_mode="fake")()
 
 
 def test_a_trace_replays_a_pullback_bit_for_bit():

@@ -3,6 +3,11 @@
 While a `Recorder` is active, tensors that the factory creates have shapes and no values, and each operation
 that writes values is noted. The values of a storage come of the operations that wrote it, and of those that
 wrote what they read: its slice of the record, which `fzero.modules.replay` runs.
+
+The tracer of programs cannot do this. It knows a tensor by its object, and factories change what an object holds:
+behind `weight.data = other` it goes on with the old values, without an error, and at `module.to(torch.bfloat16)`, at
+`copy.deepcopy(layer)` and at `trunc_normal_` it raises. (`tests/test_torch_facts.py` shows each.) A storage says where
+values really are.
 """
 
 from __future__ import annotations
