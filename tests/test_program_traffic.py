@@ -12,8 +12,8 @@ from gpt import GPT, Config
 from torch import Tensor, nn
 
 import fzero as fz
+from fzero.program.graph.collectives import COLLECTIVES
 from fzero.program.program import Program
-from fzero.program.report.traffic import COLLECTIVES
 from fzero.ranks.collectives import all_to_all
 from tests import world
 

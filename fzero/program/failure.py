@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fzero.marks import marks_of
-from fzero.program.graph.collectives import WAIT, issue_of
+from fzero.program.graph.collectives import ISSUES, WAIT, issue_of, name_of
 from fzero.program.lower.python import NODES
 
 
@@ -35,7 +35,7 @@ def described(node: fx.Node) -> str:
     issue = (issue_of(node) if node.target is WAIT else None) or node
     marks = {**marks_of(issue), **marks_of(node)}
     packet = str(getattr(issue.target, "overloadpacket", getattr(issue.target, "__name__", issue.target)))
-    name = packet.rpartition(".")[2].removesuffix("_coalesced").removesuffix("_into_tensor").removesuffix("_tensor")
+    name = name_of(issue) if issue.target in ISSUES else packet.rpartition(".")[2]
     leaves = [leaf for leaf in str(marks.get("leaf", "")).split(",") if leaf]
     listed = ", ".join(repr(leaf.strip()) for leaf in leaves[:3])
     listed += f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""

@@ -169,6 +169,9 @@ def _(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0] // parts, *x.shape[1:]), dtype=dtype)
 
 
+SUM_PARTS = torch.ops.fzero.sum_parts.default
+
+
 # Under vmap the members of a batch stand in front, in memory too: what a step returns has the strides of what it took,
 # and is not traced again for others. A collective splits the first dimension over ranks, so they change places.
 
@@ -217,7 +220,7 @@ class _ReduceScatter(torch.autograd.Function):
         splits = [x.shape[0] // ranks] * ranks
         with mark(axis=axis):
             received = c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, group))
-        return torch.ops.fzero.sum_parts(received, ranks, dtype)
+        return SUM_PARTS(received, ranks, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,25 +18,22 @@ is the one last bit a pass may move.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from fzero._torch import c10d
+from fzero._torch import FakeTensorMode
 from fzero.marks import marks_of
 from fzero.program.graph.build import call, mode_of
-from fzero.program.graph.collectives import WAIT
+from fzero.program.graph.collectives import ISSUES, WAIT, sum_of
 from fzero.program.graph.trace import Trace, copied
 from fzero.program.graph.values import Values, nbytes, precedences
 from fzero.program.options import Options
+from fzero.ranks.collectives import SUM_PARTS
 
-_GATHER = c10d.all_gather_into_tensor.default
-_SCATTER = c10d.reduce_scatter_tensor.default
-_EXCHANGE = c10d.all_to_all_single.default
-_SUM = torch.ops.fzero.sum_parts.default
 # A leaf of more bytes than this is sent by itself: to copy it beside others would take longer than a call.
 _PACKED = 256 * 1024
 
@@ -63,7 +60,8 @@ def bucket(trace: Trace, options: Options) -> Trace:
     mode = mode_of(graph)
     for found in merged:
         with graph.inserting_before(graph.output_node()):
-            _MERGE[found.key[0]](graph, mode, found.members)
+            merge = _listed if ISSUES[found.members[0].target].packs == "listed" else _in_rows
+            merge(graph, mode, found.members)
     if merged:
         _sort(graph, before)
     return trace
@@ -113,18 +111,18 @@ def _closure(bits: int, buckets: list[_Bucket]) -> int:
 
 def _key(node: fx.Node) -> tuple[Any, ...] | None:
     """Return what has to be equal for two collectives to share a call; `None` for what is left alone."""
-    if node.target not in _MERGE or not (block := _block(node)):
+    row = ISSUES.get(node.target)
+    if row is None or row.packs is None or node.target is not row.operator or not (block := _block(node)):
         return None
     value, marks = node.args[0].meta["val"], marks_of(node)  # type: ignore[union-attr]
     kind = [marks.get(name) for name in ("tree", "role", "phase", "repeated")]
-    key = (node.target, value.dtype, node.args[1:], block, *kind)
-    if node.target is _EXCHANGE:
-        total = _sum_of(node)
-        if value.ndim != 1 or total is None or nbytes(value) > _PACKED:
-            return None
-        ranks = total.args[1]
-        return (node.target, value.dtype, (ranks, node.args[3]), total.args[2], *key[3:])
-    return (*key[:2], repr(key[2]), *key[3:])
+    if row.packs == "listed":
+        return (node.target, value.dtype, repr(node.args[1:]), block, *kind)
+    total = sum_of(node)
+    if value.ndim != 1 or total is None or nbytes(value) > _PACKED:
+        return None
+    _, ranks, dtype = total.args
+    return (node.target, value.dtype, repr((ranks, node.args[-1])), dtype, block, *kind)
 
 
 def _block(node: fx.Node) -> str | None:
@@ -137,17 +135,6 @@ def _block(node: fx.Node) -> str | None:
     return ".".join(keys[: numbers[0] + 1] if numbers else keys[:-1])
 
 
-def _sum_of(exchange: fx.Node) -> fx.Node | None:
-    """Return the sum that an all-to-all is exchanged for, where that is all it is for."""
-    node = exchange
-    for target in (WAIT, _SUM):
-        users = list(node.users)
-        if len(users) != 1 or users[0].target is not target:
-            return None
-        node = users[0]
-    return node
-
-
 def _wire_bytes(node: fx.Node) -> int:
     return max(nbytes(node.meta["val"]), nbytes(node.args[0].meta["val"]))  # type: ignore[union-attr]
 
@@ -157,20 +144,19 @@ def _marks(members: list[fx.Node]) -> dict[str, Any]:
     return {**shared, "leaf": ", ".join(marks_of(member)["leaf"] for member in members)}
 
 
-def _coalesced(target: Any) -> Callable[..., None]:
-    def merge(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
-        inputs = [member.args[0] for member in members]
-        issue = call(graph, mode, target, (inputs, *members[0].args[1:]), _marks(members))
-        for i, member in enumerate(members):
-            own = call(graph, mode, operator.getitem, (issue, i), dict(marks_of(member)))
-            member.replace_all_uses_with(own)
-            graph.erase_node(member)
-
-    return merge
+def _listed(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> None:
+    """Put one coalesced call in the place of several."""
+    inputs, coalesced = [member.args[0] for member in members], ISSUES[members[0].target].coalesced
+    issue = call(graph, mode, coalesced, (inputs, *members[0].args[1:]), _marks(members))
+    for i, member in enumerate(members):
+        own = call(graph, mode, operator.getitem, (issue, i), dict(marks_of(member)))
+        member.replace_all_uses_with(own)
+        graph.erase_node(member)
 
 
-def _packed(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
-    totals = [total for member in members if (total := _sum_of(member)) is not None]
+def _in_rows(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> None:
+    """Send tensors side by side, and add what arrives as one."""
+    totals = [total for member in members if (total := sum_of(member)) is not None]
     _, parts, dtype = totals[0].args
     aten, marks = torch.ops.aten, _marks(members)
     sizes = [member.args[0].meta["val"].numel() // parts for member in members]  # type: ignore[union-attr]
@@ -180,9 +166,9 @@ def _packed(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
     ]
     pack = call(graph, mode, aten.cat.default, (rows, 1), marks)
     ones = [1] * parts  # type: ignore[operator]
-    received = call(graph, mode, _EXCHANGE, (pack, ones, ones, members[0].args[3]), marks)
+    received = call(graph, mode, members[0].target, (pack, ones, ones, members[0].args[-1]), marks)
     arrived = call(graph, mode, WAIT, (received,), marks)
-    total = call(graph, mode, _SUM, (arrived, parts, dtype), marks)
+    total = call(graph, mode, SUM_PARTS, (arrived, parts, dtype), marks)
     flat = call(graph, mode, aten.view.default, (total, [-1]), marks)
     split = call(graph, mode, aten.split_with_sizes.default, (flat, sizes), marks)
     for i, (member, old) in enumerate(zip(members, totals, strict=True)):
@@ -190,13 +176,6 @@ def _packed(graph: fx.Graph, mode: Any, members: list[fx.Node]) -> None:
         old.replace_all_uses_with(own)
         for gone in (old, old.args[0], member):
             graph.erase_node(gone)  # type: ignore[arg-type]
-
-
-_MERGE: dict[Any, Callable[..., None]] = {
-    _GATHER: _coalesced(c10d.all_gather_into_tensor_coalesced.default),
-    _SCATTER: _coalesced(c10d.reduce_scatter_tensor_coalesced.default),
-    _EXCHANGE: _packed,
-}
 
 
 def _sort(graph: fx.Graph, before: Mapping[fx.Node, Sequence[fx.Node]]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fzero.program.agree.order import named
-from fzero.program.graph.collectives import ISSUES, WAIT, issue_of
+from fzero.program.graph.collectives import ISSUES, WAIT, issue_of, waits_of
 from fzero.program.graph.gathers import from_pieces
 from fzero.program.graph.trace import Trace, copied
 from fzero.program.graph.values import Values, precedences
@@ -81,9 +81,7 @@ def _gathers_early(
         for i in range(start, first):
             live[i] += size
         moved.setdefault(start, []).extend(group)
-        waits = [position[wait] for part in (node, *node.users) for wait in part.users if wait.target is WAIT]
-        waits += [position[wait] for wait in node.users if wait.target is WAIT]
-        anchor = max(anchor, min(waits, default=position[node]) + 1)
+        anchor = max(anchor, min((position[wait] for wait in waits_of(node)), default=position[node]) + 1)
     gone = {node for group in moved.values() for node in group}
     new_order, new_live = [], []
     for i, node in enumerate(order):

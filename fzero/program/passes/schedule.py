@@ -26,7 +26,7 @@ from torch import fx
 from fzero.marks import marks_of
 from fzero.program.agree.order import chained
 from fzero.program.graph.aliases import alias_of
-from fzero.program.graph.collectives import ISSUES, WAIT
+from fzero.program.graph.collectives import ISSUES, waits_of
 from fzero.program.graph.gathers import from_pieces
 from fzero.program.graph.trace import Trace, copied
 from fzero.program.graph.values import Values, precedences
@@ -174,9 +174,7 @@ class _Plan:
 def _parts(node: fx.Node) -> list[fx.Node]:
     """Return what follows a node at once: the elements of a tuple, so that those nobody wants die; waits."""
     parts = [user for user in node.users if user.target is operator.getitem]
-    if node.target in ISSUES:
-        parts += [user for sent in (node, *parts) for user in sent.users if user.target is WAIT]
-    return parts
+    return parts + waits_of(node) if node.target in ISSUES else parts
 
 
 class _Scheduler:

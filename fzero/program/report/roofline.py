@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fzero.program.graph.aliases import alias_of
-from fzero.program.graph.collectives import ISSUES, WAIT, issue_of
+from fzero.program.graph.collectives import COLLECTIVES, ISSUES, WAIT, issue_of
 from fzero.program.graph.kinds import overwritten
 from fzero.program.graph.loop import run_loop
 from fzero.program.graph.trace import Trace
@@ -222,7 +222,7 @@ def wire_seconds(message: Message, device: Device, between: frozenset[str] = fro
         rate = device.network_bandwidth
     elif message.ranks <= device.node_ranks:
         rate = device.node_bandwidth
-    elif message.collective == "all_to_all":
+    elif COLLECTIVES[message.collective].is_personal:
         rate = device.network_bandwidth
     else:
         rate = min(device.node_bandwidth, device.network_bandwidth * device.node_ranks)

@@ -1,28 +1,17 @@
-"""The bytes that a rank receives while a program runs.
-
-Of N ranks along an axis, each receives from the N − 1 others: of what a gather returns (N − 1)/N, of what a
-reduce-scatter or an exchange is given (N − 1)/N. That is what any algorithm has to move; a ring moves no more.
-"""
+"""The bytes that a rank receives while a program runs, by what `fzero.program.graph.collectives` knows of each call."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
-from fzero._torch import c10d
 from fzero.marks import marks_of
-from fzero.program.graph.collectives import GATHERS, ISSUES, WAIT
+from fzero.program.graph.collectives import COLLECTIVES, ISSUES, name_of
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.walk import calls, vals
-
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "broadcast")
-
-_SCATTERS = frozenset((c10d.reduce_scatter_tensor.default, c10d.reduce_scatter_tensor_coalesced.default))
-_SUM = torch.ops.fzero.sum_parts.default
 
 
 @dataclass(frozen=True)
@@ -84,25 +73,11 @@ def received_bytes(trace: Trace) -> tuple[int, int]:
 
 def message_of(issue: fx.Node) -> Message:
     """Return what a collective moves."""
-    given, *rest = vals(issue.args)
-    sent = sum(x.numel() * x.element_size() for x in (given if isinstance(given, list | tuple) else (given,)))
-    axis = str(marks_of(issue).get("axis", rest[-1]))
-    if issue.target in GATHERS:
-        return Message("all_gather", axis, rest[0], sent * (rest[0] - 1))
-    if issue.target in _SCATTERS:
-        return Message("reduce_scatter", axis, rest[1], sent * (rest[1] - 1) // rest[1])
-    if issue.target is c10d.all_to_all_single.default:
-        value: Tensor = issue.meta["val"]
-        ranks = len(rest[0])
-        received = value.numel() * value.element_size() * (ranks - 1) // ranks
-        return Message("reduce_scatter" if _is_summed(issue) else "all_to_all", axis, ranks, received)
-    if issue.target is c10d.broadcast.default:
-        return Message("broadcast", axis, 0, sent)
-    # The call does not tell its number of ranks; a ring of many receives this much, and none receives more.
-    return Message("all_reduce", axis, 0, 2 * sent)
+    row, (given, *rest) = ISSUES[issue.target], vals(issue.args)
+    ranks = row.ranks(rest)
+    received = row.received(_nbytes(given), _nbytes(issue.meta["val"]), ranks)
+    return Message(name_of(issue), str(marks_of(issue).get("axis", rest[-1])), ranks, received)
 
 
-def _is_summed(exchange: fx.Node) -> bool:
-    """Whether what an all-to-all brings is added up part by part, and is there for nothing else."""
-    waits = list(exchange.users)
-    return all(wait.target is WAIT and all(user.target is _SUM for user in wait.users) for wait in waits)
+def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in (value if isinstance(value, list | tuple) else (value,)))
