@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 import fzero as fz
 from fzero import tree
+from fzero.precision.policy import POLICIES
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -24,6 +26,13 @@ NAMED = {
     "fp16-mixed": (None, FP32, FP32, FP16, FP32, "nearest", 12),
 }
 SCALED = ("fp16", "fp16-mixed")
+
+
+def test_every_name_has_a_row_here_and_in_the_table_that_users_read():
+    assert list(NAMED) == list(POLICIES)
+    assert re.findall(r"^ *\| `([\w-]+)` .*?([\d.]+) *\|$", str(fz.policy.__doc__), re.MULTILINE) == [
+        (name, f"{row[-1]:.2f}".removesuffix(".00")) for name, row in NAMED.items()
+    ]
 
 
 @pytest.mark.parametrize("name", NAMED)

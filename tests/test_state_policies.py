@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fzero as fz
+from fzero.precision.policy import POLICIES
 from tests import world
 from tests.small import assert_same_bits
 
 HALF = {"fp16": torch.float16, "fp16-mixed": torch.float16}
-POLICIES = ("fp32", "mixed", "bf16", "bf16-exact", "bf16-fp32-moments", "bf16-8bit", "fp16", "fp16-mixed")
 # How far losses may be from those in float64, for a compute dtype: some of its roundings.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 STEPS, ROWS = 3, 8

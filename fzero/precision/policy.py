@@ -68,7 +68,7 @@ class Policy:
     wire: torch.dtype | None = None
 
     def __repr__(self) -> str:
-        calls = [_by_name(self, name, base) for name, base in _POLICIES.items()]
+        calls = [_by_name(self, name, base) for name, base in POLICIES.items()]
         return min((found for found in calls if found is not None), key=len, default=shown.made("Policy", self))
 
     def __post_init__(self) -> None:
@@ -225,7 +225,7 @@ _BF16 = Policy(
     reduce=torch.bfloat16,
     rounding="stochastic",
 )
-_POLICIES = {
+POLICIES = {
     "fp32": Policy(),
     "mixed": Policy(param=None, master=torch.float32, compute=torch.bfloat16),
     "bf16": _BF16,
@@ -282,12 +282,12 @@ def policy(
         >>> widened.stored, widened.compute, widened.sent
         (torch.bfloat16, torch.float32, torch.bfloat16)
     """
-    if not isinstance(name, Policy) and not (isinstance(name, str) and name in _POLICIES):
+    if not isinstance(name, Policy) and not (isinstance(name, str) and name in POLICIES):
         raise PolicyError(
-            f"fz.policy: no policy is called {name!r}.{nearest(name, _POLICIES)} Use one of {list(_POLICIES)}, or "
+            f"fz.policy: no policy is called {name!r}.{nearest(name, POLICIES)} Use one of {list(POLICIES)}, or "
             f"compose one: fz.Policy(...)."
         )
-    found = name if isinstance(name, Policy) else _POLICIES[name]
+    found = name if isinstance(name, Policy) else POLICIES[name]
     if autocast is not None:
         found = dataclasses.replace(found, autocast=autocast)
     if compute == "auto":
