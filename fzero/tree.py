@@ -139,6 +139,8 @@ class Slot(enum.Enum):
     PICKED = "picked"
     OTHER = "other"
 
+    __hash__ = object.__hash__  # an enum's own is written in Python, and a signature holds hundreds of slots
+
 
 PICKED, OTHER = Slot
 

@@ -61,9 +61,12 @@ def check_distinct(leaves: Sequence[Tensor], arguments: HasPaths, call: str) -> 
     Raises:
         ValueError: a donated tensor shares its memory with another argument.
     """
-    owner = {storage_id(leaves[i]): i for i in sorted(arguments.donated, reverse=True) if leaves[i].numel()}
+    storages = [storage_id(leaf) for leaf in leaves]
+    if len(set(storages)) == len(storages):
+        return  # the usual case, and this is done at every call
+    owner = {storages[i]: i for i in sorted(arguments.donated, reverse=True) if leaves[i].numel()}
     for i, leaf in enumerate(leaves):
-        first = owner.get(storage_id(leaf)) if leaf.numel() else None
+        first = owner.get(storages[i]) if leaf.numel() else None
         if first is not None and first != i:
             paths = arguments.paths  # only now: they take time to spell
             raise ValueError(
@@ -87,14 +90,16 @@ def run_donating(
     kinds = {i: type(leaves[i]) for i in donated}
     inputs = list(leaves)
     try:
-        for i in donated:
-            inputs[i] = leaves[i].detach()
-            _bury(leaves[i], call)
+        with torch.no_grad():
+            for i in donated:
+                inputs[i] = leaves[i].detach()
+                _bury(leaves[i], call)
         return run(inputs)
     except BaseException as error:
         if inputs:
-            for i, kind in kinds.items():
-                _revive(leaves[i], inputs[i], kind)
+            with torch.no_grad():
+                for i, kind in kinds.items():
+                    _revive(leaves[i], inputs[i], kind)
         elif donated:
             error.add_note(f"{call} was running, so the arguments that were donated to it are gone.")
         raise
@@ -102,8 +107,7 @@ def run_donating(
 
 def _bury(leaf: Tensor, call: str) -> None:
     leaf.__dict__["donated_to"] = call
-    with torch.no_grad():
-        leaf.set_()  # type: ignore[call-overload]
+    leaf.set_()  # type: ignore[call-overload]
     leaf.__class__ = Donated
 
 
@@ -111,5 +115,4 @@ def _revive(leaf: Tensor, heir: Tensor, kind: type[Tensor]) -> None:
     """Undo `_bury`, however far it has come."""
     leaf.__class__ = kind
     leaf.__dict__.pop("donated_to", None)
-    with torch.no_grad():
-        leaf.set_(heir)  # type: ignore[call-overload]
+    leaf.set_(heir)  # type: ignore[call-overload]

@@ -101,21 +101,28 @@ class Jitted:
         for leaf in leaves:
             if type(leaf) is donation.Donated:
                 leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        donated = self._positions(args, kwargs)
+        donated = self._positions(args, kwargs, hollow)
         signature = Signature(hollow, leaves, donated, f"fz.jit: {self.name}", self._names)
         signature.simulated_on = simulated_on((args, kwargs))
         return signature, leaves
 
-    def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], hollow: tree.Hollow) -> frozenset[int]:
         """Return the positions, among all tensors of the arguments, of those that are donated."""
+        if not self.donate:
+            return frozenset()
         if late := [i for i in self.donate if i >= len(args)]:
             raise TypeError(
                 f"fz.jit: {self.name} donates its argument {late[0]}, and was called with {len(args)} positional "
                 f"arguments{' and ' + ', '.join(kwargs) if kwargs else ''}. Pass what is donated by position."
             )
-        counts = [len(tree.split(a)[0]) if i <= max(self.donate, default=-1) else 0 for i, a in enumerate(args)]
-        starts = [sum(counts[:i]) for i in range(len(args))]
-        return frozenset(j for i in self.donate if i < len(args) for j in range(starts[i], starts[i] + counts[i]))
+        leaves, tensors, found = 0, 0, list[int]()
+        for i, argument in enumerate(hollow.treedef.child(0).children()[: max(self.donate) + 1]):
+            after = leaves + argument.num_leaves
+            count = sum(slot is tree.PICKED for slot in hollow.slots[leaves:after])
+            if i in self.donate:
+                found += range(tensors, tensors + count)
+            leaves, tensors = after, tensors + count
+        return frozenset(found)
 
     def _known(self, signature: Signature, leaves: Sequence[Tensor]) -> Program | None:
         """Return the program that serves a signature, if one is kept."""

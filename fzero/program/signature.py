@@ -44,7 +44,7 @@ class Signature:
         constants = tuple(_constant(slot) for slot in hollow.slots)
         self.key = (hollow.treedef, constants, metas, *_ambient())
         try:
-            hash(self.key)
+            self._hash = hash(self.key)  # once: a state has hundreds of leaves
         except TypeError as error:
             raise TypeError(
                 f"{name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
@@ -70,10 +70,10 @@ class Signature:
         return (*self.key[:2], tuple(metas), *self.key[3:])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Signature) and self.key == other.key
+        return isinstance(other, Signature) and self._hash == other._hash and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return self._hash
 
     def examples(self) -> list[Tensor]:
         """Return tensors that look like the arguments', without memory."""

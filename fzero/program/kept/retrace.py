@@ -36,8 +36,8 @@ class Kept:
 
     def __init__(self, name: str, bound: int):
         self.name, self.bound = name, bound
-        self._programs: dict[Any, tuple[Signature, Program]] = {}  # in the order in which they were made
-        self._used: dict[Any, int] = {}
+        self._programs: dict[Signature, Program] = {}  # in the order in which they were made
+        self._used: dict[Signature, int] = {}
         self._ticks = itertools.count()
         self._numbers: Counter[str] = Counter()
         self._is_told = False
@@ -47,20 +47,19 @@ class Kept:
 
     def programs(self) -> tuple[Program, ...]:
         """Return the programs, in the order in which they were made."""
-        return tuple(program for _, program in self._programs.values())
+        return tuple(self._programs.values())
 
     def find(self, signature: Signature) -> Program | None:
         """Return the program of a signature, `None` where none is kept."""
-        found = self._programs.get(signature.key)
-        if found is None:
-            return None
-        self._used[signature.key] = next(self._ticks)
-        return found[1]
+        found = self._programs.get(signature)
+        if found is not None:
+            self._used[signature] = next(self._ticks)
+        return found
 
     def put(self, signature: Signature, program: Program) -> None:
         """Keep a program, and let go of the one that was not used for longest where there are too many."""
-        self._programs[signature.key] = signature, program
-        self._used[signature.key] = next(self._ticks)
+        self._programs[signature] = program
+        self._used[signature] = next(self._ticks)
         if len(self._programs) <= self.bound:
             return
         oldest = min(self._used, key=self._used.__getitem__)
@@ -79,7 +78,7 @@ class Kept:
             return "first call"
         # Among equals the one used last.
         order = sorted(self._programs, key=self._used.__getitem__, reverse=True)
-        nearest = min((self._programs[key][0] for key in order), key=lambda kept: _distance(signature, kept))
+        nearest = min(order, key=lambda kept: _distance(signature, kept))
         changes = list(changed(nearest, signature))
         lines = [f"{change.path}: {change.before} -> {change.after}" for change in changes[:_LISTED]]
         lines += [f"and {len(changes) - _LISTED} more"] if len(changes) > _LISTED else []

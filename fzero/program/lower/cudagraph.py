@@ -109,25 +109,28 @@ class _Recording:
     def __init__(self, run: Lowered, donated: frozenset[int], inputs: list[Tensor], recorder: Recorder) -> None:
         self.inputs = [x if i in donated else x.clone() for i, x in enumerate(inputs)]
         self.launch, self.outputs = recorder.record(run, self.inputs)
-        self.lent = {storage_id(self.inputs[i]) for i in donated} & {storage_id(x) for x in self.outputs}
+        lent = {storage_id(self.inputs[i]) for i in donated} & {storage_id(x) for x in self.outputs}
         own = {id(x): storage_id(x) for x in (*self.inputs, *self.outputs)}
         self.holders = Counter(own.values())
+        # What every call asks for, found once: a state has hundreds of leaves.
+        self.addresses = [x.data_ptr() for x in self.inputs]
+        self.lent = {i: address for i, address in enumerate(self.addresses) if own[id(self.inputs[i])] in lent}
+        self.handed_out = [own[id(x)] in lent for x in self.outputs]
 
     def is_at(self, inputs: list[Tensor]) -> bool:
         """Whether the inputs whose memory comes back as outputs are where the recording has them."""
-        pairs = zip(self.inputs, inputs, strict=True)
-        return all(x.data_ptr() == given.data_ptr() for x, given in pairs if storage_id(x) in self.lent)
+        return all(inputs[i].data_ptr() == address for i, address in self.lent.items())
 
     def is_free(self) -> bool:
         """Whether nobody else holds memory that comes back as outputs."""
-        lent = {storage_id(x): x for x in self.inputs if storage_id(x) in self.lent}
-        return all(holders_of(x) == self.holders[storage] for storage, x in lent.items())
+        return all(holders_of(x) == self.holders[storage_id(x)] for x in map(self.inputs.__getitem__, self.lent))
 
     def replay(self, inputs: list[Tensor]) -> list[Tensor]:
-        for x, given in zip(self.inputs, inputs, strict=True):
-            if x.data_ptr() != given.data_ptr():
+        for x, address, given in zip(self.inputs, self.addresses, inputs, strict=True):
+            if address != given.data_ptr():
                 x.copy_(given, non_blocking=True)
         inputs.clear()
         self.launch()
         # New objects: a donation makes a tombstone of what is handed out, not of what the recording holds.
-        return [x.detach() if storage_id(x) in self.lent else x.clone() for x in self.outputs]
+        pairs = zip(self.handed_out, self.outputs, strict=True)
+        return [x.detach() if is_lent else x.clone() for is_lent, x in pairs]
