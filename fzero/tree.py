@@ -38,6 +38,9 @@ def register(
         flatten: `instance -> (children, static data, names of the children)`. The static data must be
             hashable and comparable: it is part of the structure.
         unflatten: `(static data, children) -> instance`.
+
+    Raises:
+        ValueError: it is a node already.
     """
     optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
 
@@ -46,6 +49,14 @@ def flatten(
     tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False
 ) -> tuple[list[Any], TreeDef]:
     """Return the leaves of `tree`, in order, and its structure.
+
+    Args:
+        tree: any tree.
+        is_leaf: true for nodes to be taken whole, as leaves.
+        none_is_leaf: whether `None` is a leaf; it is an empty subtree otherwise.
+
+    Raises:
+        RecursionError: the tree holds itself.
 
     Example:
         >>> leaves, treedef = flatten({"b": 2, "a": (1, None)})
@@ -71,6 +82,14 @@ def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
 def leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> list[Any]:
     """Return the leaves of `tree` in order.
 
+    Args:
+        tree: any tree.
+        is_leaf: true for nodes to be taken whole.
+        none_is_leaf: whether `None` is a leaf.
+
+    Raises:
+        RecursionError: the tree holds itself.
+
     Example:
         >>> leaves({"b": 2, "a": (1, None)})
         [1, 2]
@@ -79,7 +98,20 @@ def leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_l
 
 
 def structure(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> TreeDef:
-    """Return the structure of `tree`."""
+    """Return the structure of `tree`: two trees fit each other where theirs are equal.
+
+    Args:
+        tree: any tree.
+        is_leaf: true for nodes to be taken whole.
+        none_is_leaf: whether `None` is a leaf.
+
+    Raises:
+        RecursionError: the tree holds itself.
+
+    Example:
+        >>> structure({"a": 1}) == structure({"a": 2}), structure({"a": 1}) == structure([1])
+        (True, False)
+    """
     return flatten(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)[1]
 
 
@@ -90,7 +122,7 @@ def map(
     is_leaf: Callable[[Any], bool] | None = None,
     none_is_leaf: bool = False,
 ) -> Any:
-    """Apply `f` to the leaves of one tree, or to the leaves of several side by side.
+    """Return what `f` makes of the leaves of one tree, or of the leaves of several side by side, as a tree.
 
     Args:
         f: takes one leaf of each tree.
@@ -121,6 +153,14 @@ def map(
 def paths(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, none_is_leaf: bool = False) -> list[str]:
     """Return the dotted path of every leaf, in the order of `leaves`.
 
+    Args:
+        tree: any tree.
+        is_leaf: true for nodes to be taken whole.
+        none_is_leaf: whether `None` is a leaf.
+
+    Raises:
+        RecursionError: the tree holds itself.
+
     Example:
         >>> paths({"blocks": [{"w": 1}, {"w": 2}], "bias": 3})
         ['bias', 'blocks.0.w', 'blocks.1.w']
@@ -147,7 +187,12 @@ PICKED, OTHER = Slot
 
 @dataclasses.dataclass(frozen=True)
 class Hollow:
-    """A tree without its tensors: slots where they were, and the leaves that are no tensors."""
+    """A tree without its tensors: slots where they were, and the leaves that are no tensors; made by `split`.
+
+    Attributes:
+        treedef: its structure.
+        slots: for each leaf `PICKED` or `OTHER`, where a tensor was, else the leaf.
+    """
 
     treedef: TreeDef
     slots: tuple[Any, ...]
@@ -193,6 +238,14 @@ def differences(
     expected: Any, got: Any, *, same: Callable[[Any, Any], bool] = lambda a, b: describe(a) == describe(b)
 ) -> list[str]:
     """Return one line for each path at which two trees differ, `path: expected …, got …`.
+
+    Args:
+        expected: any tree.
+        got: any tree.
+        same: whether two leaves at one path are equal. Default: they are described alike: a dtype and a shape, a value.
+
+    Raises:
+        RecursionError: a tree holds itself.
 
     Example:
         >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 2})

@@ -205,6 +205,9 @@ def residuals(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., 
         `nbytes`, what made it and the line of the user's code. Pieces of sharded primals are not among them: they
         are held by reference. It works on states of a simulated mesh too.
 
+    Raises:
+        TraceError: from the call, if `f` looks at the values of tensors.
+
     Example:
         >>> import torch
         >>> listing = residuals(lambda w, x: torch.tanh(w * x))(torch.zeros(2), torch.tensor(2.0))

@@ -263,7 +263,17 @@ def grad(
 ) -> ValueAndGrad:
     """Return a function that evaluates the gradient of `f`.
 
-    Args and errors are those of `value_and_grad`. With `has_aux` the result is `(gradient, aux)`.
+    Args:
+        f: `f(*args) -> scalar`, or `(scalar, aux)` with `has_aux`. It sees full parameters.
+        argnums: the argument, or arguments, to differentiate.
+        has_aux: `f` returns `(scalar, aux)`.
+        reduce: mean or sum over the data axes, see `vjp`.
+
+    Returns:
+        `g(*args, **kwargs) -> gradient`, or `(gradient, aux)`.
+
+    Raises:
+        GradientError, TypeError: from the call, as of `value_and_grad`.
 
     Example:
         >>> grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
@@ -283,6 +293,10 @@ def call(f: Callable[..., Any], *args: Any) -> Any:
 
     Returns:
         What `f` returns. It shares no memory with the arguments' pieces.
+
+    Raises:
+        DonatedError: the memory of an argument was donated.
+        MeshError: an argument is of a simulated mesh.
 
     Example:
         >>> call(lambda w: w + 1, torch.tensor(1.0))

@@ -37,6 +37,16 @@ class AttentionKernel:
 
     Both are called on plain tensors. To be traced they have to be made of operators that have a fake implementation:
     register a raw kernel by `torch.library.custom_op`, and its results' shapes and strides by `register_fake`.
+
+    Example:
+        >>> def forward(q, k, v, *, causal, scale):  # weights that need no softmax: all keys count alike
+        ...     return v.mean(-2, keepdim=True).expand_as(q).clone(), (q, k)
+        >>> def backward(residuals, cotangent):
+        ...     q, k = residuals
+        ...     return q * 0, k * 0, cotangent.sum(-2, keepdim=True).expand_as(k) / k.shape[-2]
+        >>> q, k, v = torch.ones(3, 2, 4, 8, 16)
+        >>> attention(q, k, v, kernel=AttentionKernel(forward, backward)).shape
+        torch.Size([2, 4, 8, 16])
     """
 
     forward: Callable[..., tuple[Tensor, Any]]

@@ -217,6 +217,13 @@ def trace(f: Callable[..., Any], **jit_options: Any) -> Callable[..., Program]:
         f: a function, or a jitted one, whose own options then hold.
         **jit_options: those of `jit`.
 
+    Returns:
+        `g(*args, **kwargs) -> Program`. Arguments may be of a simulated mesh.
+
+    Raises:
+        TypeError, ValueError: there is no such option, or no such choice of one.
+        TraceError: from the call, if `f` looks at the values of tensors.
+
     Example:
         >>> import torch
         >>> program = trace(lambda x: x + 1)(torch.zeros(3))

@@ -43,6 +43,12 @@ class Program:
         run: the graph as a function of its flat inputs, which it empties.
         cause: what made this trace necessary: `"first call"`, or how the arguments differ from the last trace's.
         stages: what each pass bought, in order.
+
+    Example:
+        >>> from fzero.program.jit import trace
+        >>> program = trace(torch.mm)(torch.zeros(2, 3), torch.zeros(3, 4))
+        >>> program.flops(), program.traffic().total, program.memory().peak
+        (48, 0, 104)
     """
 
     name: str

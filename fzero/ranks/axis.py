@@ -31,6 +31,13 @@ class Axis:
     Attributes:
         ranks: the mesh.
         name: the axis.
+
+    Example:
+        >>> import torch
+        >>> from fzero.ranks.mesh import make_mesh
+        >>> axis = make_mesh("cpu")["data"]
+        >>> axis, axis.sum(torch.ones(2))
+        (Axis('data', size=1), tensor([1., 1.]))
     """
 
     ranks: Ranks

@@ -34,6 +34,11 @@ class Mesh:
         axes: `(name, size)` pairs, the last one varying fastest over ranks.
         device: where this process keeps its tensors.
         simulated: true for a world that does not exist.
+
+    Example:
+        >>> mesh = make_mesh("cpu", node=4, data=8, simulate=True)
+        >>> mesh.names, mesh.size("data"), mesh.size(("node", "data"))
+        (('node', 'data'), 8, 32)
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -43,6 +48,7 @@ class Mesh:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the axes."""
         return tuple(name for name, _ in self.axes)
 
     def __getitem__(self, name: str) -> Axis:
@@ -55,7 +61,11 @@ class Mesh:
         return Axis(self, name)
 
     def size(self, axes: str | Iterable[str]) -> int:
-        """Return the number of ranks along one axis, or along several together."""
+        """Return the number of ranks along one axis, or along several together.
+
+        Raises:
+            MeshError: there is no such axis.
+        """
         wanted = (axes,) if isinstance(axes, str) else tuple(axes)
         sizes = dict(self.axes)
         for name in wanted:
@@ -67,7 +77,11 @@ class Mesh:
         return math.prod(sizes[name] for name in wanted)
 
     def index(self, axes: str | Iterable[str]) -> int:
-        """Return this rank's coordinate along one axis, or along several, the last varying fastest."""
+        """Return this rank's coordinate along one axis, or along several, the last varying fastest.
+
+        Raises:
+            MeshError: there is no such axis.
+        """
         wanted = (axes,) if isinstance(axes, str) else tuple(axes)
         position = 0
         for name in wanted:

@@ -92,6 +92,9 @@ def norm(a: Sharded) -> Tensor:
     Returns:
         fp32 of shape (); fp64 where leaves are.
 
+    Raises:
+        TypeError: `a` is no `Sharded`.
+
     Example:
         >>> import fzero as fz
         >>> norm(fz.shard({"x": torch.tensor([3.0, 4.0])}, fz.make_mesh("cpu"), fz.zero(3)))
@@ -153,6 +156,9 @@ def scale(a: Sharded, s: float | Tensor, *, dtype: torch.dtype | None = None) ->
         a: parameters, a gradient, or a direction.
         s: a number, or a tensor of shape (): values of a tensor change without a retrace.
         dtype: of the floating-point leaves of the result. Default: that of `a`.
+
+    Raises:
+        TypeError: `a` is no `Sharded`, or `dtype` is none of floating point.
 
     Example:
         >>> import fzero as fz

@@ -48,6 +48,9 @@ def zeros_like(example: Sharded) -> Sharded:
     Args:
         example: its structure, placement, dtypes and `None`s are the result's.
 
+    Raises:
+        TypeError: `example` is no `Sharded`.
+
     Example:
         >>> import fzero as fz
         >>> fz.norm(zeros_like(fz.shard(torch.ones(4), fz.make_mesh("cpu"), fz.zero(3))))
@@ -66,6 +69,9 @@ def random_like(example: Sharded, key: int | Tensor) -> Sharded:
         example: its structure, placement, dtypes and `None`s are the result's. Leaves that are not floating-point
             are zero.
         key: an integer, or an int32 tensor of shape ().
+
+    Raises:
+        TypeError: `example` is no `Sharded`, or a leaf is complex.
 
     Example:
         >>> import fzero as fz

@@ -32,6 +32,11 @@ class Layout:
         axis: data axes that leaves are cut over.
         replicate: data axes that hold copies.
         split: `(pattern of paths, P)` pairs; the first pattern that fits a path splits that leaf.
+
+    Example:
+        >>> layout = zero(1, split={"*.weight": P("model", None)})
+        >>> layout.gradient_cut, layout.parameter_cut(None), layout.split_of("head.weight")
+        (('data',), (), P('model', None))
     """
 
     stage: int
@@ -57,6 +62,7 @@ class Layout:
         return self.gradient_cut if self.stage == 3 or (policy is not None and policy.has_master) else ()
 
     def split_of(self, path: str) -> P:
+        """Return the mesh axes that the dimensions of the leaf at a path are split over."""
         return next((spec for pattern, spec in self.split if fnmatch.fnmatchcase(path, pattern)), P())
 
     def __repr__(self) -> str:

@@ -35,6 +35,13 @@ class Sharded:
             not exist.
         placement: structure, paths, shapes, mesh, layout and policy.
         factor: for gradients, an fp32 scalar: the value of a leaf is its pieces times this.
+
+    Example:
+        >>> from fzero.ranks.mesh import make_mesh
+        >>> from fzero.sharding.layout import zero
+        >>> sharded = shard({"w": torch.ones(2, 3)}, make_mesh("cpu"), zero(3))
+        >>> sharded.paths, sharded.shapes, sharded.pieces[0].shape
+        (('w',), ((2, 3),), torch.Size([6]))
     """
 
     pieces: tuple[Tensor | None, ...]
@@ -43,18 +50,22 @@ class Sharded:
 
     @property
     def mesh(self) -> Mesh:
+        """The processes that hold the pieces."""
         return self.placement.mesh
 
     @property
     def layout(self) -> Layout:
+        """How the leaves were cut."""
         return self.placement.layout
 
     @property
     def policy(self) -> Policy | None:
+        """The precision of the leaves; `None` for a tree without one: functions see the dtypes that are stored."""
         return self.placement.policy
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The dotted path of each leaf, such as `blocks.0.weight`."""
         return self.placement.paths
 
     @property

@@ -44,6 +44,14 @@ class State:
         optimizer: static.
         policy: how the parameters are stored: they say so.
         layout: where they live, likewise.
+
+    Example:
+        >>> from fzero.optim.sgd import sgd
+        >>> state = init({"w": torch.ones(4, 4)}, sgd(0.1), make_mesh("cpu"), policy="bf16")
+        >>> state.step, state.params.pieces[0].dtype, state.params.shapes
+        (tensor(0, dtype=torch.int32), torch.bfloat16, ((4, 4),))
+        >>> state.replace(optimizer=sgd(0.2)).optimizer
+        sgd(lr=0.2)
     """
 
     step: Tensor
@@ -56,16 +64,19 @@ class State:
 
     @property
     def mesh(self) -> Mesh:
+        """The processes that hold the pieces."""
         return self.params.mesh
 
     @property
     def policy(self) -> Policy:
+        """How the parameters are stored, computed with and rounded."""
         policy = self.params.policy
         assert policy is not None
         return policy
 
     @property
     def layout(self) -> Layout:
+        """Where the parameters live."""
         return self.params.layout
 
     def replace(self, **changes: Any) -> State:

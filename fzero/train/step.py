@@ -140,6 +140,12 @@ def train_step(
         The step. Its metrics are `loss`, what `apply_gradients` tells, and `aux`; floating-point scalars are
         averaged over the data axes.
 
+    Raises:
+        TypeError: `loss_fn` is no function. From the step: it was not called with a state and a batch, or `aux` is no
+            dict.
+        ValueError: `microbatches` is below 1. From the step: `aux` names a metric that the step has already.
+        BatchError: from the step: the batch does not divide into micro-batches.
+
     Example:
         >>> from fzero.optim.sgd import sgd
         >>> from fzero.ranks.mesh import make_mesh
