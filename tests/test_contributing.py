@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import fzero as fz
 from fzero.precision import policy as policies
 from fzero.program import pipeline
+from tests import world
 from tests.small import assert_same_bits
 
 DOCUMENT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -28,22 +30,36 @@ def block(title: str) -> str:
     return str(found)
 
 
+def loaded(folder: str, title: str) -> types.ModuleType:
+    """Write a block into a temporary file, and import it under the name of the file that it is meant for."""
+    path = Path(folder) / f"{threading.get_native_id()}_{Path(title).name}"
+    path.write_text(block(title))
+    name = title.removesuffix(".py").replace("/", ".")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Write a block into a temporary file, and import it under the name of the file that it is meant for."""
-
     def load(title: str) -> types.ModuleType:
-        path = tmp_path / Path(title).name
-        path.write_text(block(title))
         name = title.removesuffix(".py").replace("/", ".")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # taken out again after the test
+        return loaded(str(tmp_path), title)
 
     return load
+
+
+def on_a_rank(folder: str, titles: list[str], function: str) -> Any:
+    """Load blocks on a rank, and call a function of the last."""
+    module = [loaded(folder, title) for title in titles][-1]
+    try:
+        return getattr(module, function)()
+    finally:
+        for title in titles:
+            del sys.modules[title.removesuffix(".py").replace("/", ".")]
 
 
 def run_tests_of(module: types.ModuleType) -> None:
@@ -65,6 +81,17 @@ def test_a_pass_is_added(load, monkeypatch):
     (program,) = step.programs
     assert "squares" in [stage.name for stage in program.stages]
     assert "aten.pow.Tensor_Scalar(mm, 2)" not in program.text()
+
+
+def test_a_collective_is_added(load, tmp_path, monkeypatch):
+    titles = ["fzero/ranks/from_first.py", "tests/test_from_first.py"]
+    module = [load(title) for title in titles][-1]
+
+    def run(function: Callable[[], Any], size: int) -> Any:
+        return world.run(on_a_rank, str(tmp_path), titles, function.__name__, size=size)
+
+    monkeypatch.setattr(module, "world", types.SimpleNamespace(run=run))
+    run_tests_of(module)
 
 
 def test_a_policy_is_added(monkeypatch):
