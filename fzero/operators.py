@@ -16,8 +16,8 @@ from torch import fx
 from fzero._torch import OpOverload
 
 _STATISTICS = ("running_mean", "running_var")
-# Operators, of every overload, that overwrite arguments without saying so: their names, and the argument that decides
-# whether they do.
+# Operators, of every overload, that overwrite arguments without saying so in their schema: the names of those
+# arguments, and of one that decides whether they do. `batch_norm` writes its running statistics if `training` is true.
 _WRITES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "aten::batch_norm": (_STATISTICS, "training"),
     "aten::_batch_norm_impl_index": (_STATISTICS, "training"),

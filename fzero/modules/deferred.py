@@ -12,8 +12,8 @@ Dependence is followed through storages, since `.data`, views and `nn.Parameter(
 an operation that could be recorded.
 
 A random operation draws from a seed made of (seed, path of the first leaf that depends on it, its number
-among that leaf's draws). A leaf's values are therefore the same whatever else the model holds and however
-many processes build it.
+among that leaf's draws): the first draw of `blocks.0.weight` from (0, "blocks.0.weight", 0). A leaf's values are
+therefore the same whatever else the model holds and however many processes build it.
 """
 
 from __future__ import annotations

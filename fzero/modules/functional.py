@@ -205,7 +205,7 @@ class _Switched:
         module = self.module()
         if self.warned or module is None or module.training == self.training:
             return
-        # A function made in evaluation mode is for calls, one made in training mode for gradients: such are no slip.
+        # Gradients by a function of training mode, and plain calls by one of evaluation mode, are what each is for.
         if is_transformed_now() == self.training:
             return
         self.warned = True
@@ -232,7 +232,7 @@ def _check_not_lazy(module: nn.Module) -> None:
 
 
 class _After:
-    """What a module holds after a call. No output of the call, for hooks of all modules, as counters have, to see."""
+    """What a module holds after a call. Not part of its output, which hooks on all modules, as counters have, see."""
 
     buffers: dict[str, Tensor]
     params: dict[str, Tensor]

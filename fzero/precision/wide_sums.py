@@ -32,8 +32,8 @@ class Summing(TorchDispatchMode):
     """While active, the operators concerned sum wide.
 
     Attributes:
-        low: whether there may be tensors that concern them: then what is computed has to be differentiated under such
-            a mode as well. It becomes true with the first cast.
+        low: whether there may be bfloat16 or float16 tensors. Only then the pullback has to run under such a mode as
+            well. A function of float32 leaves begins with false, and the first cast inside of it makes it true.
     """
 
     def __init__(self, low: bool = False) -> None:
@@ -89,7 +89,7 @@ def _put(func: Any, x: Tensor, where: Any, values: Tensor, accumulate: bool = Fa
 
 
 def _sum(func: Any, x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    """Sum. To one number torch adds up what each thread has rounded; in float64 the number of threads does not show."""
+    """Sum. Torch splits a sum to one number over threads and rounds each part; in float64 that split does not show."""
     if dims is not None and 0 < len(dims) < x.ndim:
         return func(x, dims, keepdim, dtype=dtype)
     total = x.sum(dtype=torch.float64).to(dtype or x.dtype)
@@ -105,7 +105,7 @@ def _layer_norm_backward(
     rows, columns = list(range(x.ndim - len(shape))), list(range(-len(shape), 0))
     wide, of_weight, of_bias = grad.float(), None, None
     if wanted[1] and weight is not None:
-        # `mean` may be rounded to the dtype of `x`, and then is off by the same for all rows that are alike.
+        # The given `mean` may be rounded to the dtype of `x`: rows that are alike then err alike, and it adds up.
         centered = x.float() - x.float().mean(columns, keepdim=True)
         of_weight = _over(wide * (centered * rstd), rows).to(weight.dtype)
     if wanted[2] and bias is not None:
@@ -156,7 +156,7 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 def _nll_forward(
     func: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignored: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of targets, and their weight: as many as there are, not as many as the dtype can count."""
+    """The loss of targets, and their weight: 300 targets count as 300, where bfloat16 stops counting at 256."""
     if reduction == _NONE:
         losses, total = func(x, target, weight, reduction, ignored)
         return losses, total

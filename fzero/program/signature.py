@@ -142,7 +142,7 @@ def _ambient() -> tuple[Any, ...]:
 
 
 def _constant(value: Any) -> Any:
-    """Return what tells constants apart that Python takes for equal, 1 and 1.0 or 0.0 and -0.0; one NaN is another."""
+    """Return what tells constants apart that Python takes for equal, 1 and 1.0, or 0.0 and -0.0. NaN equals NaN."""
     return type(value), value.hex() if isinstance(value, float) else value
 
 

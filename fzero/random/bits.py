@@ -61,8 +61,8 @@ def mix(index: Tensor, k0: Tensor, k1: Tensor | int) -> Tensor:
 def remix(word: Tensor) -> Tensor:
     """Return a second word of random bits from the result of `mix`, for a quarter of its price.
 
-    Its low 16 bits are uniform whatever the low 16 bits of `word` are, and nearly so given the high ones. The three
-    together hold no more than the 32 random bits of `word`.
+    Its low 16 bits are uniform for each value of the low 16 bits of `word`, and nearly so for each value of its high
+    ones: either pair of halves is two draws. All three halves are no three draws: they are made of 32 random bits.
     """
     x = word * GOLDEN
     return x ^ shift_right(x, 16)

@@ -73,10 +73,11 @@ class _Above:
 class drawing_from(Summing):  # noqa: N801 - used as a context manager, `with drawing_from(key):`
     """While active, answers random operations with draws from `key`, counting from `count`.
 
-    The others it answers as `fzero.precision.wide_sums` does: one mode costs an eager operation half of what two would.
+    All other operations it answers as `fzero.precision.wide_sums` does, in whose place it stands: each mode costs every
+    eager operation, and so there is one and not two.
 
-    A key that `vmap` batches is one for each member of the batch. `vmap` then wants `randomness="different"`, and hands
-    over the draws of all members as one operation, whose first dimension they are: each is drawn from its own key.
+    A key that `vmap` batches is one for each member: `vmap(f, randomness="different")(keys)`. `vmap` then asks for the
+    draws of all members as one operation of shape (members, ...), and each member's are drawn from its own key.
 
     Attributes:
         count: of the next draw, and of the next state that is opened inside.

@@ -23,7 +23,8 @@ def world() -> World:
     group = dist.group.WORLD
     here = _worlds.get(group)
     if here is None:
-        # A store may serve several worlds, one after another: of as many ranks as there are, each has joined each.
+        # A store may serve several process groups of all N ranks, one after another. All N join the first before any
+        # joins the second: so those who join as number 0 to N − 1 are of world 0, the next N of world 1.
         joined = default_store().add("fzero/joined", 1) - 1
         here = _worlds[group] = World(group, f"fzero/{joined // dist.get_world_size()}")
         watch = Watch(group, here)
@@ -58,7 +59,7 @@ def agree(program: str, call: str, reasons: Callable[[], bytes]) -> dict[int, by
         if here.failed[end.call] < end.count:
             here.failed[end.call] = end.count
             raise PeerError(f"{call}: rank {here.rank} waited for all ranks to come to this call.\n{end.text}")
-        # Otherwise the others have heard of an error that this rank has raised as well, and that is behind it.
+        # This rank has raised that error too, or been told of it. The others now know: on to the next round.
     found = here.reasons(number, end.ranks, reasons)
     if end.kind == "apart" or len(found) < len(end.ranks):
         raise ProgramMismatchError(f"{call}: {end.text}")

@@ -29,7 +29,8 @@ from torch import Tensor
 from fzero._torch import c10d
 from fzero.marks import mark
 
-# Up to this many received elements an all-reduce is one all-gather and a sum: fewer messages.
+# An all-reduce that receives at most so many elements (N times what it is given) is one all-gather and a sum: one
+# message instead of two.
 _SMALL = 65536
 
 # Dtypes that gloo or NCCL does not send, as others of the same bytes.
@@ -44,8 +45,9 @@ _SENT_AS = {
     torch.float8_e5m2fnuz: torch.uint8,
 }
 
-# torch's own sum adds up to four rows in their order. Of more, the order depends on where in its row an element
-# stands, which differs between layouts. Beyond the second number, programs would grow with the world.
+# How the parts of N ranks are added in the order of the ranks. Up to 4, torch's own sum over rows does so. Of 5 rows
+# and more its order depends on where in its row an element stands, which differs between layouts, so they are added one
+# after another. Beyond 64 that would be too many operations, so torch's sum is taken: layouts may differ in a last bit.
 _SUM_IS_IN_ORDER = 4
 _ADDED_ONE_BY_ONE = 64
 
@@ -172,8 +174,9 @@ def _(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
 SUM_PARTS = torch.ops.fzero.sum_parts.default
 
 
-# Under vmap the members of a batch stand in front, in memory too: what a step returns has the strides of what it took,
-# and is not traced again for others. A collective splits the first dimension over ranks, so they change places.
+# Under vmap a batch of K members is (K, N·n, ...), and a collective splits the first dimension over N ranks. So the two
+# change places before it, and back after it: left as they were received, members would lie between one another in
+# memory, and a step that returned such strides would be traced again for them.
 
 
 def _ranks_first(x: Tensor, ranks: int) -> Tensor:
@@ -291,7 +294,7 @@ class _Total(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """A value that ranks share, as the part of each: the transpose of `_Total`, and it is that of this."""
+    """The transpose of `_Total`, which sums: every rank's part has the cotangent of the sum, so that is passed on."""
 
     @staticmethod
     def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:

@@ -164,7 +164,7 @@ def make_mesh(
     key = (place.type, deadline, *axes.items())
     processes = made.get(key)
     if processes is None:
-        # A world that was started elsewhere may run two collectives at once, which gloo does not survive.
+        # A process group that the user started runs two collectives at once on gloo, which it does not survive.
         unsafe = place.type == "cpu" and gloo_threads(dist.group.WORLD) > 1
         with one_gloo_thread():
             processes = made[key] = init_device_mesh(
@@ -174,7 +174,7 @@ def make_mesh(
                 backend_override={name: "gloo" for name in axes} if unsafe else None,
             )
         if deadline is not None:
-            # The world's own, too: as long do ranks wait for each other before a call.
+            # The default group's deadline as well: it is how long ranks wait for each other before a call.
             everyone = dist.group.WORLD
             assert everyone is not None, "the world has several processes"
             for group in (everyone, *processes.get_all_groups()):

@@ -31,7 +31,8 @@ from fzero.errors import PeerError, ProgramMismatchError
 from fzero.ranks.agree import agree, world
 from fzero.ranks.rounds import INSIDE
 
-# Seconds before a call began within which another rank's error still counts as the cause of this one's.
+# Where a collective fails, errors of other ranks count as its cause if they were left after the call began, or at most
+# this many seconds before: a rank may fail a little before this one gets there. Older ones were another matter.
 _WINDOW = 60.0
 
 # Differences that a message lists.
@@ -42,7 +43,7 @@ _R = TypeVar("_R")
 
 
 class _Here(threading.local):
-    """Whether this thread is inside an eager call that all ranks have agreed on."""
+    """Whether this thread is inside an eager call that all ranks have agreed on: a `gather` in `vjp` needs no more."""
 
     agreed = False
 
@@ -52,7 +53,9 @@ _here = _Here()
 
 @contextmanager
 def together(call: str) -> Iterator[None]:
-    """Inside, this rank does what all ranks do. If it raises, the others are told; if another does, it is.
+    """Inside, this rank does what all ranks do. An error of its own is left in the store, where the others find it.
+
+    Where a collective fails since another rank has left, that rank's error is raised here, as a `PeerError`.
 
     Args:
         call: what is being done, for the message.
@@ -87,7 +90,7 @@ def together(call: str) -> Iterator[None]:
 
 
 def _failed_inside(error: Exception) -> None:
-    """Note that the call on which all had agreed failed here; of an error of this rank's own the others hear."""
+    """Count a failure inside of a call that all had agreed on; leave it for the others where it arose on this rank."""
     if isinstance(error, PeerError) or _from_network(error):
         error.told_in = [*getattr(error, "told_in", ()), INSIDE]  # type: ignore[attr-defined]
         world().failed[INSIDE] += 1
@@ -100,12 +103,13 @@ def collective(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make a function one that all ranks call together, and that they agree on before it runs.
 
-    Inside another such call, or inside a trace, it is part of that.
+    Inside another such call, or inside a trace, it is part of that, and is not agreed on by itself.
 
     Args:
         call: its name.
         of: what its collectives depend on, as lines of text: a function of its arguments. No lines, no collectives.
-        within: whether ranks agree on it inside another such call too, since the user's function decides if it is made.
+        within: whether ranks agree on it inside another such call too. `axis.sum(x)` stands in the user's function,
+            where one rank may call it and another not; the gathers of `vjp` come on every rank.
     """
 
     def decorated(f: Callable[_P, _R]) -> Callable[_P, _R]:

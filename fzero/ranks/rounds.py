@@ -7,11 +7,12 @@ ranks knows that all run the same, and wakes the others, who wait for that and f
     rank 0                          add 1 to "7/ab3f" ─▶ 2 = all of us ── wake ───── run
 
 That is one question to the store, on the host; no collective, nothing on a device. Where the number is not reached
-within a moment, a thread of each rank that waits writes down in full what its rank is about to run, and reads what the
-others are. The first that knows how the round ends takes its count back, so that the number cannot be reached any more,
-and writes the end, once and for all:
+within 0.1 s, a thread of each rank that waits writes down in full what its rank is about to run, and reads what the
+others are. The first that knows how the round ends takes its count back, so that the number cannot be reached any more
+(it adds 2^40: of four ranks, three that wait become 2^40 + 3, and the fourth never finds a 4), and writes the end, once
+and for all:
 
-    agreed       all run the same, and only their numbers of past failures differed       everyone runs it
+    agreed       all run the same, though some have errors behind them that others lack   everyone runs it
     different    two run different things                                                 everyone raises
     apart        some rank came to no call before the deadline, or has ended              everyone raises
     raised       some rank raised instead                                                 everyone else raises
@@ -35,7 +36,7 @@ import torch.distributed as dist
 
 from fzero._torch import own_connection
 
-# Seconds between two questions to the store of a rank that asks by itself, since it has waited for long.
+# A rank that has waited for a second asks the store by itself, every so many seconds: Ctrl-C reaches it in between.
 _ASK = 0.02
 
 # What a rank finds under the key that it waits for: the round is over, or it is to ask by itself.
@@ -44,18 +45,19 @@ WOKEN, BY_ITSELF = "woken", "ask"
 # Seconds that ranks which raise for different programs wait for each other's reasons, or for who decides the end.
 PATIENCE = 10.0
 
-# A count that is taken back adds this: no number of ranks is reached after that.
+# What a rank adds to take its count back: after that the count is no number of ranks.
 _TAKEN_BACK = 1 << 40
 
 WAY_OUT = "Make the same calls on every rank, in the same order."
 
-# The name of the call that all agreed on last, for failures inside of it.
+# The name under which failures inside of the call are counted that all agreed on last. It is the same call on every
+# rank, so it needs no name of its own.
 INSIDE = ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a rank is about to run: a hash of its collectives, the call, and by name the calls that failed here."""
+    """What a rank is about to run: a hash of its collectives, the call, and how often calls failed here, by name."""
 
     program: str
     call: str
@@ -69,12 +71,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class End:
-    """How a round ended, and what those who raise for it say."""
+    """How a round ended, and what those who raise for it say: the call that had raised, and how often by then."""
 
     kind: Literal["agreed", "different", "apart", "raised"]
     text: str = ""
     ranks: Sequence[int] = ()
-    call: str = ""  # that raised, and how often it had then
+    call: str = ""
     count: int = 0
 
 
@@ -104,11 +106,13 @@ class World:
     Attributes:
         number: the round that it enters next.
         agreed: the last round that all agreed in.
-        failed: how often calls of a name have failed here since then. Ranks in step have the same counts.
+        failed: name of a call to how often it has failed here since then, such as {"step (call 7)": 1}. A rank that
+            has not heard of a failure has a lower count, and is told of it at the next call.
         waiting: the round that this rank waits in; `None` where it waits in none.
         verdict: how that round ended, where the thread of `fzero.ranks.watch` has found out.
         lock: held by who reads or writes the two.
-        litter: what rounds behind have left in the store: until which round, since when, and under which key.
+        litter: keys of rounds that are over, to be deleted from the store: the round from which on nobody reads it,
+            when it was put on this list, and the key.
     """
 
     def __init__(self, group: Any, name: str) -> None:
@@ -117,7 +121,7 @@ class World:
         self.store = self.connection()
         self.number, self.agreed = 0, -1
         self.failed: Counter[str] = Counter()
-        self.litter: deque[tuple[int, float, str]] = deque()  # until which round, since when, which key
+        self.litter: deque[tuple[int, float, str]] = deque()
         self.lock = threading.Lock()
         self.waiting: Waiting | None = None
         self.verdict: End | None = None
@@ -221,9 +225,10 @@ class World:
         return {rank: self.store.get(key) for rank, key in keys.items() if self.store.check([key])}
 
     def take_back(self, waiting: Waiting, store: Any) -> bool:
-        """Take a count back; `True` if it is for this rank to write how the round ends.
+        """Take this rank's count back; return whether this rank is the one to write how the round ends.
 
-        Not so if all were there already, who then wake this one, nor if another rank was first to take its count back.
+        It is not where all ranks have come: the last of them wakes this one. Nor is it where another rank took its
+        count back earlier: that one writes.
         """
         waiting.taken_back = time.monotonic()
         count = store.add(waiting.counter, _TAKEN_BACK)

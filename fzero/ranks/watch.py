@@ -35,18 +35,18 @@ from fzero.ranks.rounds import (
     read,
 )
 
-# Seconds between two looks of the thread, and so what a rank waits before its thread looks.
+# Seconds between two looks of the thread. A round that ends sooner, as nearly all do, costs no look.
 LOOK = 0.1
 
-# Seconds in the store's own wait, which no signal interrupts; a rank that waits for longer asks by itself.
+# The longest that a rank waits inside of the store, where no Ctrl-C reaches it; from then on it asks by itself.
 _BLIND = 1.0
 
-# Seconds that what a round has written stays in the store: another rank's thread may be about to read it.
+# Seconds that what a round has written stays in the store after it: another rank's thread may be about to read it.
 _KEPT = 3.0
 
 
 class Watch(threading.Thread):
-    """Looks into the store where its rank waits for long."""
+    """Looks into the store where its rank waits for longer than 0.1 s."""
 
     def __init__(self, group: Any, world: World) -> None:
         super().__init__(name="fzero-watch", daemon=True)
@@ -138,7 +138,7 @@ class Watch(threading.Thread):
         return None
 
     def _compared(self, entries: dict[int, Entry], agreed: int) -> End | None:
-        """Return how a round of these entries ends; `None` if that depends on those which are missing."""
+        """Return how a round ends by the entries that are there; `None` while a missing one may still decide it."""
         for name in dict.fromkeys([*(entry.call for entry in entries.values()), INSIDE]):
             counts = {rank: entry.failed.get(name, 0) for rank, entry in entries.items()}
             most = max(counts.values())

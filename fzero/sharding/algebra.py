@@ -219,7 +219,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _is_transformed(*values: Any) -> bool:
-    """Whether an outer transform tracks something here: it would take a factor's tangent apart from its leaves'."""
+    """Whether a transform outside wraps something here: of leaf × factor it would derive each by itself."""
     return any(isinstance(x, Tensor) and is_functorch_wrapped(x) for x in tree.leaves(values))
 
 
@@ -238,15 +238,15 @@ def _common_factor(a: Sharded, b: Sharded, alpha: float | Tensor) -> tuple[Any, 
         return 1.0, alpha if b.factor is None else theirs * alpha, None
     if _is_transformed(a, b, alpha):
         return ours, theirs * alpha, None
-    # The larger, so that leaves of small dtypes do not overflow. Where both are the same the weights are exactly
-    # 1 and alpha; where both are zero so is the sum.
+    # The larger of the two, so that weights are at most 1 and alpha, and leaves in float16 do not overflow: factors of
+    # 0.5 and 0.25 give weights of 1 and alpha / 2. Two that are equal give exactly 1 and alpha.
     factor = torch.maximum(ours.abs(), theirs.abs())
     whole = torch.where(factor == 0, 1.0, factor)
     return ours / whole, theirs / whole * alpha, factor.to(torch.float32)
 
 
 def on_floats(f: Callable[[int, Tensor], Tensor], a: Sharded) -> Sharded:
-    """Apply `f(index, piece)` to the leaves that have arithmetic."""
+    """Apply `f(index, piece)` to the leaves that are floating-point or complex; the others stay as they are."""
     return a.replace(pieces=tuple(f(i, x) if _has_arithmetic(x) else x for i, x in enumerate(a.pieces)))
 
 

@@ -90,7 +90,8 @@ def random_like(example: Sharded, key: int | Tensor) -> Sharded:
             )
         spec = example.placement.specs[i]
         numel, length = spec.piece_numel(mesh), spec.block_numel(mesh)
-        # Blocks of a leaf that is split by P have no contiguous indices; they are numbered one after another.
+        # A block of columns has no contiguous indices in its leaf. So the elements of block 0 count from 0, those of
+        # block 1 from the length of a block, and so on.
         split = tuple(axis for axis in spec.split if axis is not None)
         first = mesh.index_tensor(spec.cut) * signed(numel)
         offset = first + mesh.index_tensor(split) * signed(length)

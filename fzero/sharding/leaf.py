@@ -21,7 +21,8 @@ from fzero.errors import LayoutError
 from fzero.ranks.collectives import all_gather, all_reduce, pad, reduce_scatter
 from fzero.ranks.mesh import Mesh
 
-# Leaves smaller than this many elements a rank are not worth a collective's latency.
+# A leaf with fewer elements a rank than this stays whole on every rank, as it is not worth a collective's latency: on 8
+# ranks one of under 128 elements, such as a small bias.
 _WHOLE_BELOW = 16
 
 
@@ -66,7 +67,7 @@ class Spec:
 
 
 def join(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """Make a leaf whole from the ranks' pieces. Differentiable; may alias `piece` where nothing moves."""
+    """Make a leaf whole from the ranks' pieces. Differentiable; of one rank it may be a view of `piece`."""
     if piece.ndim != 1:
         raise LayoutError(
             f"fz: expected a piece of one dimension of a leaf of shape {spec.shape}, got one of shape "
@@ -87,7 +88,8 @@ def join_block(piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     numel = spec.block_numel(mesh)
     if flat.shape[0] == numel:
         return flat
-    # What vmap batches would keep strides that skip the padding: those of no state that was stacked.
+    # Of 7 elements padded to 8, a batch under vmap would keep the strides (8, 1). A state that was stacked has (7, 1),
+    # and a step that returned others would be traced again for them. Hence a copy.
     return flat[:numel].clone() if is_functorch_wrapped(flat) else flat[:numel]
 
 
@@ -117,16 +119,16 @@ def own_piece(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
 
 
 def _own_row(rows: Tensor, dim: int, index: Tensor) -> Tensor:
-    # Picked by an index tensor, not a slice: a trace must be the same on every rank. An index of no dimensions would
-    # pick, under vmap, the row once for each row.
+    # Picked by an index tensor, not a slice: a trace must be the same on every rank. The index has one element, not no
+    # dimensions: under vmap torch would return N rows for such an index instead of one.
     return rows.index_select(dim, index.reshape(1)).squeeze(dim)
 
 
 def placed_as(wanted: Spec, piece: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
     """Return a piece of a leaf that is cut by `spec` as the piece of another placement. One of the two has it whole.
 
-    In reverse mode the cotangent is placed back: it is that of one leaf too, and not, as through `join_block`, the sum
-    of what every rank makes of a leaf of its own.
+    All ranks have one and the same leaf here, and so one cotangent: in reverse mode it is cut, or joined, back again.
+    Through `join_block` each rank would have a cotangent of its own, and they would be summed.
     """
     return piece if spec.cut == wanted.cut else _PlacedAs.apply(piece, spec, wanted, mesh)
 

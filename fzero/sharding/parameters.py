@@ -1,6 +1,6 @@
 """Which tensors can be parameters, and which can be cut at all.
 
-    float32, bfloat16, float16, float64    stored as the policy says: its dtypes are the widest there is
+    float32, bfloat16, float16, float64    stored as the policy says, so float64 as float32 at most
     integers, bool                         stored as they are; no gradient, no update
     complex                                cut, gathered, differentiated and added as they are, but not updated
     float8 and narrower                    cut and gathered, but not updated

@@ -29,7 +29,10 @@ class Placement:
 
     @functools.cached_property
     def lines(self) -> tuple[str, ...]:
-        """What collectives on the leaves depend on, one line each, the same on every rank; none on one rank."""
+        """What the collectives of each leaf depend on, as a line of text that ranks compare; none without ranks.
+
+        Such as `w: (8, 4) over ('data',) (None, None) of {'data': 2}, 3`.
+        """
         if self.mesh.processes is None:
             return ()
         axes, stage = dict(self.mesh.axes), self.layout.stage

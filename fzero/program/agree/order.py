@@ -1,8 +1,8 @@
 """The collectives of a program in their order: what ranks have to have in common to run together.
 
 Programs of one function may differ in everything else: each rank has a batch of its own length, or another constant.
-What collectives send has to be equal in size, too. Leaves are; of what depends on the batch, a program that leaves
-sizes open is asked at the sizes of each call.
+What collectives send has to be equal in size, too. Leaves are. Something that depends on the batch, such as `axis.sum`
+of a loss for each row, may not be: so the names of a program with open sizes are taken at the sizes of each call.
 
 But passes order collectives by the bytes around them, and so by the sizes of the batch. So the program of a function
 that is there first decides: its order is written into the store, and later programs with the same collectives, of this

@@ -1,6 +1,7 @@
 """Which node's value is a view of which: noted while a trace is fresh, true whatever passes do to it.
 
-Vals tell it only then: a node that a pass copies shares its val, and so its memory, with the original.
+`node.meta["val"]` tells it only then: a pass that copies a node copies the entry, and the two nodes, which will have
+memory of their own, would seem to share it.
 """
 
 from __future__ import annotations

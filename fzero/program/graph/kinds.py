@@ -8,7 +8,8 @@
     other               what lives from one operation to the next
 
 A full gradient is what a reduction or an update reads, and what leads to that by steps that only reshape, cast, add
-or pack: before those stand cotangents of activations, which are "other".
+or pack: in mm ──▶ view ──▶ cast ──▶ reduce-scatter, what the mm returns and all behind it. What the mm reads are
+cotangents of activations: "other".
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _name_results(trace: Trace, values: Values, kinds: list[str], late: set[fx.N
 
 
 def _late(graph: fx.Graph) -> set[fx.Node]:
-    """Return the backward and what hangs on it; what it makes again of the forward is not among it."""
+    """Return the nodes of the backward, and what is computed from them, but for forward values made again."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         marks = marks_of(node)
@@ -145,7 +146,7 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
         role = marks_of(node).get("role")
         sources = [source for source in node.all_input_nodes if source in late]
         if node.target is run_loop:
-            sums: Any = node.args[3]  # of gradients, and of the loss
+            sums: Any = node.args[3]  # reductions of gradients, and of the loss
             found.update(sums)
         elif role == "reduce":
             found.update(sources)
@@ -155,7 +156,7 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
             size = max(_numel(node), *(_numel(source) for source in targets_of(node)), 0)
             found.update(s for s in sources if _numel(s) == size and marks_of(s).get("role") != "update")
         elif node in found and (node.target in _CARRIES or alias_of(node) is not None):
-            # An element of a tuple tells of itself alone.
+            # Of an operator that returns a tuple, the element that is a gradient, not the others.
             found.update(sources if node.target is not operator.getitem else ())
     return {b for node in found for b in values.holds[node]}
 

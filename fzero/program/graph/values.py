@@ -8,7 +8,7 @@ an element of a tuple stand for buffers that are there already. Everything that 
     reads[node]     buffers that have to be there while it runs; a wait reads what its collective sends
     writes[node]    buffers that it overwrites
 
-An update kernel on donated memory counts as in place, which it is once `donate` has run.
+`p2 = adamw(p, g)` on donated memory counts as a write into that of `p`, which it is once the pass `donate` has run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tensors_of(node: fx.Node) -> Sequence[Tensor | None]:
 
 @dataclass
 class Values:
-    """See above. The numbers of buffers are positions in `size` and `owner`."""
+    """See above. A buffer is a number: its bytes are `size[number]`, and the node that made it is `owner[number]`."""
 
     size: list[int] = field(default_factory=list)
     owner: list[fx.Node] = field(default_factory=list)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Signatures that are remembered, to open a program at the sizes of the first that fits.
 _REMEMBERED = 8
-# Programs with open sizes that a family makes before it takes it that the function is for one size at a time.
+# How many traces with open sizes a family tries. After that each new size has a program of its own.
 _TRIES = 8
 
 

@@ -10,9 +10,10 @@ their paths, or of one module) that go the same way over the same axis in the sa
         grads   (N·a), (N·b), …  ──cat──▶ (N, a+b+…) ──all-to-all──▶ (N, a+b+…) ──sum──▶ (a+b+…) ──split──▶ (a), (b), …
 
 Leaves of two trees stay apart, whatever their names, and so do two gradients of one leaf: a block of another model, or
-of another pullback, runs at another time. No bucket carries more than `bucket` bytes. A member never joins a bucket
-whose result it needs, through other buckets too. On NCCL the order of a sum may depend on what it is packed with: that
-is the one last bit a pass may move.
+of another pullback, runs at another time. No bucket carries more than `bucket` bytes. A collective never joins a bucket
+whose result it needs: were a second gather computed from the first one's leaf, one call could not do both. That holds
+through other buckets too. On NCCL the order of a sum may depend on what it is packed with: that is the one last bit a
+pass may move.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Bucket:
     number: int
     members: list[fx.Node] = field(default_factory=list)
     size: int = 0
-    needs: int = 0  # bits: the buckets that something in this one depends on
+    needs: int = 0  # the buckets that something in this one depends on, as bits: 0b101 for buckets 0 and 2
 
 
 def bucket(trace: Trace, options: Options) -> Trace:
@@ -95,12 +96,12 @@ def _collected(
 
 
 def _is_there(node: fx.Node, found: _Bucket) -> bool:
-    """Whether a bucket holds a leaf already: this is then one of another pullback, or of a tree of the same names."""
+    """Whether a bucket holds a leaf of this path already: then this one is of another pullback, or of another tree."""
     return any(marks_of(member)["leaf"] == marks_of(node)["leaf"] for member in found.members)
 
 
 def _closure(bits: int, buckets: list[_Bucket]) -> int:
-    """Return the bits of all buckets that these depend on, themselves included."""
+    """Return the bits of these buckets and of all that they depend on, be it through others."""
     done = 0
     while new := bits & ~done:
         number = new.bit_length() - 1

@@ -28,7 +28,7 @@ def donate(trace: Trace, options: Options) -> Trace:
     trace = trace.replace(module=copied(trace.module))
     values = Values.of(trace)
     graph = trace.module.graph
-    if trace.output is not None:  # what a body returns, its loop takes as it is
+    if trace.output is not None:  # what the body of a loop returns goes to the loop, and to no caller
         _own_outputs(trace.module, values)
     for node in values.in_place:
         in_place, _ = IN_PLACE[node.target]

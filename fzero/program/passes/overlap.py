@@ -7,11 +7,12 @@ follows from a reduction waits until later reductions have started:
     scheduled    gather 2, wait 2, block 2;  gather 3, wait 3, block 3;   …  reduce 3, wait, update 3;  block 2 backward
     overlapped   wait 2, gather 3, block 2;  wait 3, gather 4, block 3;   …  reduce 3, block 2 backward, wait, update 3
 
-One gather at most is under way ahead of its time: it starts behind the wait for the one before, and as much later as it
-takes for its bytes to fit under the peak of the schedule plus `overlap` bytes. In the same way what reductions send
-and receive is held as long as it fits, and at most until eight more have started: a block has about as many.
+One gather at most is under way ahead of its time: that of block 3 starts behind the wait for block 2's. Where its
+bytes would then lift memory over the peak of the schedule plus `overlap` bytes, it starts later, as soon as they fit. A
+reduction's wait, with the update behind it, comes later in the same way: as long as what it sends and receives fits,
+and until eight later reductions have started, which is about as many as one block has.
 
-Where the trace has an order of its collectives, none overtakes another.
+Where ranks have agreed on an order of collectives (`fzero.program.agree.order`), that order stays.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fzero.program.options import Options
 from fzero.program.passes.bucket import reorder
 from fzero.program.report.memory import inside_loops, live_bytes
 
-# Reductions that may be under way at once.
+# Reductions that may be under way at once: about those of one block.
 _UNDER_WAY = 8
 
 
@@ -48,7 +49,7 @@ def overlap(trace: Trace, options: Options) -> Trace:
     fixed = set() if trace.order is None else {node for _, node in named(trace)}
     order, live = _gathers_early(order, live, limit, values, cheap, fixed)
     late = _reductions_late(order, live, limit, values, cheap, fixed, precedences(graph, values))
-    # What the late nodes make on their way is not foreseen.
+    # That counted what waits to be updated, and not what an update makes while it runs late. So the peak is looked at.
     if max(live_bytes(late, values, inside), default=0) <= limit:
         order = late
     reorder(graph, order)
@@ -65,7 +66,7 @@ def _gathers_early(
 ) -> tuple[list[fx.Node], list[int]]:
     """Issue each gather of stored pieces behind the wait for the one before it."""
     position = {node: i for i, node in enumerate(order)}
-    moved: dict[int, list[fx.Node]] = {}  # in front of which position what is issued
+    moved: dict[int, list[fx.Node]] = {}  # position -> the gathers, with their casts, to be issued in front of it
     anchor = next((i for i, node in enumerate(order) if node.op != "placeholder"), 0)
     for node in order:
         if node in fixed and (node.target not in ISSUES or node not in cheap):
@@ -130,7 +131,7 @@ def _reductions_late(
     new_order: list[fx.Node] = []
     last = {b: i for i, node in enumerate(order) for b in values.reads.get(node, ())}
     under_way: list[_UnderWay] = []
-    belongs: dict[fx.Node, _UnderWay] = {}  # to which reduction a node that is late belongs
+    belongs: dict[fx.Node, _UnderWay] = {}  # a node that comes late -> the reduction that it follows from
 
     def end_first() -> None:
         first = under_way.pop(0)
@@ -154,7 +155,7 @@ def _reductions_late(
             or live[i] + sum(values.size[b] for b in set().union(*(r.held for r in under_way))) > limit
         ):
             if issues and len(under_way) == 1:
-                break  # it is this node's own, and goes on until the next node
+                break  # the one that starts right here, and cannot end before the next node
             end_first()
         follows = [r for r in follows if r in under_way]
         if follows:

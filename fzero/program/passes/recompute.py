@@ -7,12 +7,13 @@ are repeated in front of the first of them that the backward reads:
     forward     x ─block 1─▶ y ─block 2─▶ z               x, y, z are kept, what is inside is not
     backward    block 2 again from y, its backward; block 1 again from x, its backward
 
-A block's last product is not among them: its backward reads what went in, not what came out.
+A block's last matrix product is not run again: its backward reads the product's inputs, and nobody reads its output.
 
 Then gathers: what leads from stored pieces to a full leaf (cast, all-gather, view) costs no arithmetic worth counting,
 and full leaves are most of the memory. The uses of a leaf, in order, fall into two groups at the widest gap between
-them; the second group gets a gather of its own, and the leaf is gone in between. That is ZeRO-3's second gather, and
-there is never a third. `keep_gathered` bytes are spared from it, those with the shortest gap first.
+them: uses at nodes 10, 12, 90 and 91 into 10, 12 and 90, 91. The second group gets a gather of its own, and the leaf is
+gone in between. That is ZeRO-3's second gather, and there is never a third. `keep_gathered` bytes of leaves are spared
+from it, those with the shortest gap first.
 
 Only what is repeatable is repeated: no operation that writes memory, none on memory that is written. Random draws are
 keyed, so the same numbers come again.
@@ -60,7 +61,7 @@ def recompute(trace: Trace, options: Options) -> Trace:
 
 
 def _without_writes(graph: fx.Graph) -> None:
-    """Turn operations in place on memory of their own into plain ones, which may be repeated: dropout has one."""
+    """Turn `aten.div_(mask, 0.9)`, on a mask that the graph made itself, into `aten.div`, which may be repeated."""
     mode = mode_of(graph)
     for node in list(graph.nodes):
         written = written_by(node)
@@ -106,7 +107,7 @@ def _blocks(graph: fx.Graph, remat: str | int, fixed: set[fx.Node], cheap: set[f
 
 
 def _runs(graph: fx.Graph) -> list[_Run]:
-    """Return the nodes of each run through a block: a model may run twice, or another have blocks of the same name."""
+    """Return the nodes of each run through a block. A block that runs twice, or has a namesake, gives two."""
     runs: list[_Run] = []
     last = None
     for node in graph.nodes:
@@ -128,7 +129,7 @@ def _saved(run: _Run, others: set[fx.Node]) -> list[fx.Node]:
 
 
 def _bytes_saved(saved: Iterable[fx.Node], run: _Run, values: Values) -> int:
-    """Return the bytes of memory that only what is saved keeps: not what it is a view of, or what leaves the block."""
+    """Return the bytes that are freed if these values are not saved: a view of what is kept in any case frees none."""
     staying = {b for node in run if _leaves(node, run) for b in values.holds[node]}
     held = {b for node in saved for b in values.holds[node] if values.owner[b] in run}
     return sum(values.size[b] for b in held - staying)
@@ -189,10 +190,14 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
         if not marks_of(gather).get("again"):
             _keep(gather)
             continue
-        if marks_of(gather).get("repeated"):  # the second gather already, that of a backward cut off
+        if marks_of(gather).get(
+            "repeated"
+        ):  # this is the second gather: `split_vjp` has cut the first off with the forward
             continue
         uses = _uses(gather, cheap, order)
-        size = max((nbytes(value.meta["val"]) for value, _ in uses), default=0)  # a leaf may be cast once it is here
+        size = max(
+            (nbytes(value.meta["val"]) for value, _ in uses), default=0
+        )  # of a leaf that is cast once it is here, the larger form
         if len(uses) < 2 or not any(_backward(user) for _, user in uses):
             plans.append((len(nodes), order[gather], size, []))  # gathered once in any case
             continue
@@ -208,7 +213,7 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
 
 
 def _is_gathered_on(gather: fx.Node, cheap: set[fx.Node]) -> bool:
-    """Whether another gather follows, over the next axis: the last one stands for the leaf."""
+    """Whether another gather follows, over the next axis of the mesh. Of such a chain the last one gives the leaf."""
     stack = list(gather.users)
     while stack:
         node = stack.pop()

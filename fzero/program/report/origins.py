@@ -2,8 +2,9 @@
 
 A forward operation is marked with both while it is traced. A backward operation is marked with the line that calls the
 pullback, which is the same for all; what it is the backward of shows in the flow of data: it reads what the forward
-operation read or made, the last of which was made there or right before. Where it reads cotangents alone, it belongs
-to what they come from. That is right for nearly all operations; where it is not, it is a neighbour.
+operation read or made. The backward of y = tanh(x) reads y. Of all forward values that an operation reads, the one made
+last tells where it belongs. Where it reads cotangents alone, it belongs where they do. That is right for nearly all
+operations, and a neighbour for the others.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from fzero.program.graph.walk import body_of, rounds_of
 from fzero.program.report.flops import flops_at
 from fzero.program.report.traffic import Message, message_of
 
-# Of what they look up in, these read what they return.
+# Lookups: of the table that they are given, these read only as many bytes as they return.
 _LOOK_UP = frozenset(
     (
         torch.ops.aten.embedding.default,
@@ -191,7 +191,7 @@ class _Clocks:
     def _loop(self, body: Trace, rounds: int) -> None:
         one = _Clocks(self.device, self.between)
         one.run(body)
-        # A round ends when both of its clocks have: what it still sends, the next one's first wait would wait for.
+        # A round ends when computing and sending have both ended: the next round's first collective needs the wire.
         self.compute = max(self.compute, self.wire) + rounds * max(one.compute, one.wire)
         self.wire = self.compute
         self.busy_compute += rounds * one.busy_compute
