@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fzero as fz
 from fzero._torch import FakeTensorMode, storage_id
 from fzero.program.donation import run_donating
-from fzero.program.lower.cudagraph import Recorder, Replayed, lower_cudagraph
+from fzero.program.lower import cudagraph
+from fzero.program.lower.cudagraph import MOST, Recorder, Replayed, lower_cudagraph, replayed_if_possible
 from fzero.program.lower.python import Lowered, lower_graph
 from tests.small import assert_same_bits, copied, dot, parameters
 
@@ -20,8 +22,8 @@ from tests.small import assert_same_bits, copied, dot, parameters
 class OnCPU(Recorder):
     """Replays as CUDA does: the same memory in, the same memory out, and nothing runs while it records."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        pass
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
 
     def warm_up(self, run: Lowered, inputs: list[Tensor]) -> list[Tensor]:
         return run(inputs)
@@ -55,7 +57,8 @@ class Steps:
 
     def __init__(self) -> None:
         trace = fz.jit(update, donate=(0,)).trace(start(), torch.ones(3)).trace
-        self.program = Replayed(lower_graph(trace.module), trace.donated, OnCPU)
+        on_cpu = OnCPU()
+        self.program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: on_cpu)
 
     def __call__(self, state: State, batch: Tensor) -> tuple[State, Tensor]:
         *new, metric = run_donating(self.program, [*state, batch], range(len(state)), "a step")
@@ -159,7 +162,8 @@ def test_leaves_may_change_places() -> None:
 
 def test_without_donation_everything_is_copied() -> None:
     trace = fz.jit(update).trace(start(), BATCHES[0]).trace
-    program = Replayed(lower_graph(trace.module), trace.donated, OnCPU)
+    on_cpu = OnCPU()
+    program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: on_cpu)
     state = start()
     results = [program([*state, batch]) for batch in BATCHES]
     assert_same_bits(state, start())
@@ -167,6 +171,55 @@ def test_without_donation_everything_is_copied() -> None:
         (new, metric) = update(start(), batch)
         assert_same_bits(result, [*new, metric])
     assert len(program.recordings) == 1
+
+
+class Refusing(OnCPU):
+    """Records nothing."""
+
+    def record(self, run: Lowered, inputs: list[Tensor]) -> tuple[Callable[[], Any], list[Tensor]]:
+        raise RuntimeError("no recording here")
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    trace = fz.jit(update, donate=(0,)).trace(start(), BATCHES[0]).trace
+    refusing = Refusing()
+    program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: refusing, must=False)
+    state, metrics = start(), []
+    for batch in BATCHES:
+        *state, metric = run_donating(program, [*state, batch], range(len(state)), "a step")
+        metrics.append(metric)
+    assert_same_bits((state, metrics), expected(start(), BATCHES))
+    assert len([record for record in caplog.records if "no recording here" in record.getMessage()]) == 1
+    program.must, program.is_recorded = True, True
+    with pytest.raises(RuntimeError, match="no recording here"):
+        program([*state, BATCHES[0]])
+
+
+def test_what_is_only_read_is_read_where_it_is_and_held_by_nobody() -> None:
+    trace = fz.jit(lambda w, x: w @ x).trace(torch.ones(3, 3), BATCHES[0]).trace
+    on_cpu = OnCPU()
+    program = Replayed(lower_graph(trace.module), trace.donated, frozenset({0}), recorder=lambda device: on_cpu)
+    weights = [torch.full((3, 3), float(i)) for i in range(MOST + 2)]
+    for batch in BATCHES[:3]:
+        for w in weights:
+            assert_same_bits(program([w, batch]), [w @ batch])
+    assert len(program.recordings) == MOST, "one for each address, and no more than that"
+    assert not any(0 in recording.inputs for recording in program.recordings)
+
+
+def test_the_default_records_what_runs_on_cuda_alone_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, here = torch.empty(2, device="cuda"), torch.empty(2)
+    run = lower_graph(fz.trace(lambda x: x + 1)(x).trace.module)
+    assert isinstance(replayed_if_possible(run, fz.trace(lambda x: x + 1)(x).trace), Replayed)
+    assert replayed_if_possible(run, fz.trace(lambda x, y: (x + 1, y + 1))(x, here).trace) is run
+    monkeypatch.setattr(cudagraph, "not_on_cuda", lambda trace: None)
+    for ranks, is_recorded in ((1, True), (2, False)):
+        mesh = fz.make_mesh("cpu", data=ranks, simulate=True)
+        apply, params = fz.functional(lambda: nn.Linear(4, 4))
+        step = fz.train_step(lambda params, x, apply=apply: apply(params, x).sum())
+        trace = step.trace(fz.init(params, fz.sgd(0.1), mesh, fz.zero(3), policy="fp32"), torch.ones(2, 4)).trace
+        assert isinstance(replayed_if_possible(run, trace), Replayed) == is_recorded
 
 
 def test_a_cpu_is_refused_with_the_input_that_is_there() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fzero.program.graph.trace import Trace, attribute
-from fzero.program.lower.cudagraph import lower_cudagraph
+from fzero.program.lower.cudagraph import lower_cudagraph, replayed_if_possible
 from fzero.program.lower.inductor import lower_inductor
 from fzero.program.lower.python import Late, Lowered, lower_graph
 from fzero.program.options import Lower, Options, default_for
@@ -19,7 +19,7 @@ def lowered(trace: Trace, options: Options) -> Lowered:
     if lower == "cudagraph":
         return lower_cudagraph(trace)
     if lower == "inductor":
-        return Late(lambda: lower_inductor(trace))
+        return Late(lambda: replayed_if_possible(lower_inductor(trace), trace))
     return lower_graph(trace.module, trace.bodies)
 
 

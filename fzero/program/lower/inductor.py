@@ -4,7 +4,10 @@
 
 Inductor sees the final graph: collectives stay where they are, and updates in place stay in place. It fuses what is
 pointwise and keeps wider intermediate values inside a kernel, so results are close to those of the graph lowering, not
-equal bit by bit.
+equal bit by bit. On CUDA the compiled program is recorded at its second call, see `fzero.program.lower.cudagraph`.
+
+Constants are computed and the graph is compiled on a thread of its own, which has none of the caller's modes (fake
+tensors, tracing, autocast).
 
 Inductor takes straight-line graphs only. Of a graph with a loop it compiles the body, where the work is, and the graph
 around it runs as generated Python.
@@ -23,14 +26,17 @@ from torch import Tensor, fx
 
 from fzero._torch import standalone_compile_static
 from fzero.program.graph.trace import Trace, attribute
+from fzero.program.lower.constants import constants_of
 from fzero.program.lower.python import Lowered, lower_graph
 
 SETTINGS = {
     "reorder_for_locality": False,  # the order is ours: memory and overlap were decided in the passes
     "reorder_for_peak_memory": False,
     "cpp.dynamic_threads": True,  # as many as the caller has when it calls
-    "compile_threads": 1,  # the compiler runs in this process and leaves no workers behind
 }
+# On a CPU the compiler runs in this process and leaves no workers behind. On CUDA Inductor has hundreds of kernels to
+# compile, and its own pool of processes, which takes as many cores as there are.
+SETTINGS_ON_CPU = {"compile_threads": 1}
 
 
 def lower_inductor(trace: Trace) -> Lowered:
@@ -60,7 +66,8 @@ def lower_inductor(trace: Trace) -> Lowered:
 def _closed(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Tensor]]:
     """Return a copy of the graph whose constants are inputs, what its inputs look like, and the constants.
 
-    Constants are tensors that the function closes over: inside Inductor their values of today would be compiled in.
+    Constants are tensors that the function closes over: inside Inductor their values of today would be compiled in. And
+    they are those that the program would compute of nothing at every call.
     """
     graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = module.graph.find_nodes(op="placeholder")
@@ -68,6 +75,11 @@ def _closed(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[
     constants: list[Tensor] = []
     for node in inputs:
         mapping[node] = graph.placeholder(node.name)
+    with ThreadPoolExecutor(1) as thread:
+        determined = thread.submit(constants_of, module).result()
+    for node, value in determined.items():
+        mapping[node] = graph.placeholder(node.name)
+        constants.append(value)
     for node in module.graph.find_nodes(op="get_attr"):
         path = str(node.target)
         if path not in attributes:
@@ -90,10 +102,9 @@ def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., Any]:
         with torch.no_grad(), on_device, warnings.catch_warnings():
             # What torch deprecates in itself is not the user's, and under `-W error` it would end the compilation.
             warnings.simplefilter("ignore")
-            return standalone_compile_static(module, like, SETTINGS)
+            return standalone_compile_static(module, like, SETTINGS | ({} if device else SETTINGS_ON_CPU))
 
     try:
-        # Compilation traces. A thread of its own has none of the caller's modes (fake tensors, tracing, autocast).
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(compile_it).result()
     except Exception as error:  # Inductor and the tools under it raise anything
