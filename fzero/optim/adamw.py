@@ -86,7 +86,16 @@ def adamw(
 
 @named("fz.adam")
 def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> AdamW:
-    """Return Adam: `adamw` without weight decay, whose arguments these are.
+    """Return Adam: `adamw` without weight decay.
+
+    Args:
+        lr: learning rate: a number, or a function of the step tensor.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range.
 
     Source: Kingma and Ba 2015, arXiv 1412.6980.
 

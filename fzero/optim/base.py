@@ -101,7 +101,19 @@ class Optimizer(ABC):
         seed: Tensor,
         squares: Squares | None = None,
     ) -> tuple[Sharded, Any]:
-        """Do what `update` does, unchecked, given what may have been measured of `grads` already."""
+        """Do what `update` does, unchecked, given what may have been measured of `grads` already.
+
+        Args:
+            grads: cut as the moments are.
+            opt_state: from `init_sharded` or the last update.
+            params: as the policy stores them.
+            step: int32 of shape ().
+            seed: int32 of shape ().
+            squares: the sums of the squares of `grads`, where somebody has them, such as a clip.
+
+        Returns:
+            `(params, opt_state)`.
+        """
 
     @abstractmethod
     def learning_rate(self, step: Tensor) -> Any:

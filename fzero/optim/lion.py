@@ -57,6 +57,9 @@ def lion(lr: Rate, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0,
         weight_decay: decoupled, about ten times AdamW's.
         mask: which leaves decay, see `adamw`.
 
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range.
+
     Source: Chen et al. 2023, arXiv 2302.06675.
 
     Example:

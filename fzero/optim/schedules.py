@@ -21,6 +21,12 @@ from fzero.calls.arguments import named, rate_of, whole
 class constant:  # noqa: N801 - used as a function
     """The same rate at every step.
 
+    Args:
+        value: the rate, 0 or above.
+
+    Raises:
+        TypeError, ValueError: it is no number, or negative.
+
     Example:
         >>> constant(0.1)(torch.tensor(7))
         tensor(0.1000)
@@ -42,6 +48,14 @@ class constant:  # noqa: N801 - used as a function
 @dataclass(frozen=True)
 class linear:  # noqa: N801
     """From `start` to `end` in a straight line over `steps` steps, then `end`.
+
+    Args:
+        start: the rate of the first step, 0 or above.
+        end: the rate from step `steps` on, 0 or above.
+        steps: how many, 1 or above.
+
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range.
 
     Example:
         >>> linear(1.0, 0.0, steps=4)(torch.tensor(1))
@@ -71,6 +85,15 @@ class warmup_cosine:  # noqa: N801
 
     The first step already has a rate: `peak / warmup`.
 
+    Args:
+        peak: the highest rate.
+        warmup: steps of the rise; 0 for none.
+        total: steps of the whole run, the rise included.
+        floor: the rate at its end.
+
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range; the rise is longer than the run.
+
     Example:
         >>> warmup_cosine(1.0, warmup=2, total=10)(torch.tensor([0, 1, 2, 6, 10]))
         tensor([0.5000, 1.0000, 1.0000, 0.5000, 0.0000])
@@ -98,6 +121,16 @@ class warmup_cosine:  # noqa: N801
 @dataclass(frozen=True)
 class wsd:  # noqa: N801
     """Warm up, stay, decay: linearly to `peak`, `peak` until `decay` steps before `total`, linearly to `floor`.
+
+    Args:
+        peak: the highest rate.
+        warmup: steps of the rise; 0 for none.
+        decay: steps of the fall, the last of the run.
+        total: steps of the whole run, rise and fall included.
+        floor: the rate at its end.
+
+    Raises:
+        TypeError, ValueError: a number is none, or out of its range; rise and fall are longer than the run.
 
     Source: Hu et al. 2024, arXiv 2404.06395.
 

@@ -197,6 +197,9 @@ class Program:
             arguments: path to dtype and shape, or to the constant that stands there.
             inputs: what it is about to run on.
 
+        Returns:
+            Nothing: where it returns, all ranks run the same.
+
         Raises:
             ProgramMismatchError: another rank is about to run something else, or nothing before the deadline.
             PeerError: another rank raised in this call.

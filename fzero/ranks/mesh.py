@@ -34,6 +34,7 @@ class Mesh:
         axes: `(name, size)` pairs, the last one varying fastest over ranks.
         device: where this process keeps its tensors.
         simulated: true for a world that does not exist.
+        processes: torch's `DeviceMesh` of the same axes; `None` for one process, and for a simulated world.
 
     Example:
         >>> mesh = make_mesh("cpu", node=4, data=8, simulate=True)
