@@ -20,8 +20,8 @@ class Options:
     Attributes:
         lower: how the graph is run. `"graph"`: operation by operation, bitwise equal to the function. `"inductor"`:
             compiled into fused kernels at the first call, close to it; on CUDA, without collectives, also recorded at
-            the second call and replayed from then on. `"cudagraph"`: the operations of `"graph"`, recorded likewise. `None` picks by device: `"graph"` on a CPU,
-            `"inductor"` on CUDA.
+            the second call and replayed from then on. `"cudagraph"`: the operations of `"graph"`, recorded likewise.
+            `None` picks by device: `"graph"` on a CPU, `"inductor"` on CUDA.
         remat: which forward values are made again for the backward: `"none"`, `"block"` for all that a block makes
             inside, or a number of bytes: as many blocks as it takes until what is kept for the backward is no more.
         keep_gathered: bytes of gathered parameters that ZeRO-3 may keep from forward to backward; the others are
