@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 import threading
@@ -18,7 +19,7 @@ import fzero as fz
 from fzero.precision import policy as policies
 from fzero.program import pipeline
 from tests import world
-from tests.small import assert_same_bits
+from tests.small import assert_same_bits, copied
 
 DOCUMENT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 PACKAGE = Path(fz.__file__).parent
@@ -90,6 +91,18 @@ def test_every_file_has_a_place_in_the_table_of_files():
         if f"`{name}`" not in DOCUMENT if not folder else f"`{path.stem}`" not in table[folder]:
             missing.append(folder + name)
     assert not missing, "CONTRIBUTING.md says nothing of them"
+
+
+def test_an_optimizer_is_added(load):
+    signum = load("fzero/optim/signum.py").Signum(1e-2)
+    run_tests_of(load("tests/test_signum.py"))
+    params = {"w": torch.randn(70, 30), "b": torch.randn(5)}
+    update = fz.jit(fz.apply_gradients, donate=0)
+    for policy, stage in zip(policies.POLICIES, itertools.cycle((3, 0, 1, 2))):
+        state = fz.init(params, signum, fz.make_mesh("cpu"), fz.zero(stage), policy)
+        grads = fz.grad(lambda params: sum((x.float() ** 2).sum() for x in params.values()))(state)
+        expected = fz.apply_gradients(copied(state), grads)
+        assert_same_bits(update(state, grads), expected)
 
 
 def test_a_pass_is_added(load, monkeypatch):
