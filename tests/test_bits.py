@@ -258,6 +258,24 @@ def test_rounding_passes_derivatives_through(dtype: torch.dtype) -> None:
     assert torch.equal(pullback(torch.ones(8, dtype=dtype))[0], torch.ones(8))
     assert torch.equal(torch.func.jvp(f, (x,), (torch.ones(8),))[1], torch.ones(8, dtype=dtype))
     assert torch.equal(torch.func.vmap(f)(x.expand(3, 8)), f(x).expand(3, 8))
+    squares = torch.func.vmap(torch.func.grad(lambda x: f(x).float().square().sum()))
+    assert torch.equal(squares(x.expand(3, 8)), 2 * f(x).float().expand(3, 8))
+    of_all = torch.func.grad(lambda x: torch.func.vmap(f)(x).float().square().sum())
+    assert torch.equal(of_all(x.expand(3, 8)), 2 * f(x).float().expand(3, 8))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (1, 0), (-1, 1), (None, 0), (None, 1)], ids=str)
+def test_rounding_of_a_batch_is_that_of_its_members(in_dims: tuple[int | None, int | None]) -> None:
+    def column(members: list[Tensor], dim: int | None) -> tuple[list[Tensor], Tensor]:
+        return (members[:1] * 3, members[0]) if dim is None else (members, torch.stack(members, dim))
+
+    xs, x = column([torch.randn(8) for _ in range(3)], in_dims[0])
+    noises, noise = column([words(8, seed=i) & 0xFFFF for i in range(3)], in_dims[1])
+    expected = torch.stack([round_stochastic(*each) for each in zip(xs, noises, strict=True)])
+    f = torch.func.vmap(round_stochastic, in_dims=in_dims)
+    assert torch.equal(f(x, noise), expected)
+    twice = torch.func.vmap(f)(x.expand(2, *x.shape), noise.expand(2, *noise.shape))
+    assert torch.equal(twice, expected.expand(2, *expected.shape))
 
 
 def test_rounding_refuses_other_dtypes() -> None:

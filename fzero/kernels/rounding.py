@@ -28,7 +28,7 @@ else:
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value
 
-__all__ = ["constexpr", "is_finite", "jit", "mix", "remix", "round_stochastic", "round_to", "tl"]
+__all__ = ["batched", "constexpr", "is_finite", "jit", "mix", "remix", "round_stochastic", "round_to", "tl"]
 
 # The quiet NaN that stochastic rounding writes, as the bits of a float32, and the smallest normal float16.
 _QUIET_NAN, _SMALLEST_HALF = 0x7FC00000, 2.0**-14
@@ -148,9 +148,18 @@ def _round_float16(x: Tensor, noise16: Tensor) -> Tensor:
     return torch.copysign(rounded, x).to(torch.float16)
 
 
-class _RoundStochastic(torch.autograd.Function):
-    generate_vmap_rule = True
+def batched(function: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Return what a function of elements does under vmap: the same, on a batch whose dimension stands in front.
 
+    It is the `vmap` of an autograd function that looks at bits: torch 2.11 has no batching rule for a view by dtype.
+    """
+    tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(arguments, in_dims, strict=True)]
+    like = torch.broadcast_shapes(*(x.shape for x in tensors if isinstance(x, Tensor)))
+    result = function.apply(*(x.expand(like) if isinstance(x, Tensor) else x for x in tensors))
+    return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+
+class _RoundStochastic(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, noise16: Tensor, dtype: torch.dtype) -> Tensor:
         return (_round_bfloat16 if dtype == torch.bfloat16 else _round_float16)(x, noise16)
@@ -166,3 +175,7 @@ class _RoundStochastic(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor, noise16_tangent: None, dtype_tangent: None) -> Tensor:
         return x_tangent.to(ctx.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return batched(_RoundStochastic, info, in_dims, *arguments)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.codes import BLOCK, blocks_of, decode, decode_block, encode, encode_block, from_rows, to_rows
-from fzero.kernels.rounding import jit, round_stochastic, round_to, tl
+from fzero.kernels.rounding import batched, jit, round_stochastic, round_to, tl
 
 __all__ = [
     "BLOCK", "Stored", "blocks_of", "decode", "encode", "grouped", "join_master", "load", "split_master", "store",
@@ -143,8 +143,6 @@ def join_master(p: Tensor, remainder: Tensor) -> Tensor:
 
 
 class _Split(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(master: Tensor) -> tuple[Tensor, Tensor]:
         bits = master.view(torch.int32)
@@ -164,10 +162,12 @@ class _Split(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
         return tangent.to(torch.bfloat16), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return batched(_Split, info, in_dims, *arguments)
+
 
 class _Join(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(p: Tensor, remainder: Tensor) -> Tensor:
         return (p.float().view(torch.int32) + remainder.to(torch.int32)).view(torch.float32)
@@ -183,6 +183,10 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, p_tangent: Tensor, remainder_tangent: None) -> Tensor:
         return p_tangent.to(torch.float32)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return batched(_Join, info, in_dims, *arguments)
 
 
 @jit
