@@ -11,9 +11,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.nn.functional  # now: imported later, its default arguments keep a process group alive for ever
@@ -40,6 +41,8 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
+
+T = TypeVar("T")
 
 # True for a tensor that a torch.func transform (vjp, jvp, vmap) has wrapped.
 is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -437,6 +440,19 @@ def trunc_normal_replaced(substitute: Callable[..., torch.Tensor]) -> Iterator[N
         torch.nn.init._no_grad_trunc_normal_ = original
 
 
+def in_own_thread(function: Callable[[], T]) -> T:
+    """Return what a function returns in a thread of its own, without the caller's modes (fake, traced, autocast).
+
+    Where torch has CUDA and no device, the first thread that makes fake tensors leaves something to stand in for the
+    device, in torch 2.11 in its own memory: once that thread has ended, the next fake tensors end the process. So the
+    caller's thread comes first.
+    """
+    with FakeTensorMode():
+        pass
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
+
+
 def standalone_compile(
     graph: torch.fx.GraphModule, examples: list[Any], settings: dict[str, Any]
 ) -> Callable[..., Any]:
@@ -504,6 +520,7 @@ __all__ = [
     "group_of",
     "holders_of",
     "hooks_on_gradients",
+    "in_own_thread",
     "is_batched",
     "is_connected",
     "is_constant",

@@ -8,6 +8,7 @@ that keep its temporaries small; so it does for short operands until long ones o
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -15,7 +16,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -100,9 +100,7 @@ def compiled(key: Key) -> Update | None:
     failure: Exception | None = None
     for settings in _settings():
         try:
-            # Compilation traces. A thread of its own has none of the caller's modes (fake tensors, tracing, autograd).
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(_trace_and_compile, key, settings).result()
+            return _torch.in_own_thread(functools.partial(_trace_and_compile, key, settings))
         except Exception as error:  # Inductor and the tools under it raise anything
             failure = error
     _compiler.works = False

@@ -18,13 +18,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import standalone_compile_static
+from fzero._torch import in_own_thread, standalone_compile_static
 from fzero.program.graph.trace import Trace, attribute
 from fzero.program.lower.constants import constants_of
 from fzero.program.lower.python import Lowered, lower_graph
@@ -105,8 +104,7 @@ def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., Any]:
             return standalone_compile_static(module, like, SETTINGS | ({} if device else SETTINGS_ON_CPU))
 
     try:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(compile_it).result()
+        return in_own_thread(compile_it)
     except Exception as error:  # Inductor and the tools under it raise anything
         raise RuntimeError(
             f"fz.jit: Inductor could not compile the program: {type(error).__name__}: {error}\nA C++ compiler with its "
