@@ -575,8 +575,22 @@ def test_argnums_choose_the_gradients_and_their_order(argnums):
     assert gradient == (every[argnums] if isinstance(argnums, int) else tuple(every[i] for i in argnums))
 
 
-def test_torch_compile_around_vjp_is_refused():
-    compiled = torch.compile(lambda w: fz.grad(lambda w: w.square().sum())(w), backend="eager", fullgraph=True)
+made_outside = fz.grad(lambda w: w.square().sum())
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w: fz.grad(lambda w: w.square().sum())(w),
+        lambda w: fz.value_and_grad(lambda w: w.square().sum())(w),
+        lambda w: fz.vjp(lambda w: w.square(), w)[0],
+        lambda w: fz.split_vjp(lambda w: w.square())[0](w)[0],
+        lambda w: made_outside(w),
+    ],
+    ids=["grad", "value_and_grad", "vjp", "split_vjp", "made outside"],
+)
+def test_torch_compile_around_vjp_is_refused(f):
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"Use fz\.jit around the step instead of torch\.compile"):
         compiled(ONES)
 

@@ -115,5 +115,5 @@ def test_a_llama_of_transformers() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_a_real_call_on_a_device_that_is_not_there_is_no_plan() -> None:
-    with pytest.raises(Exception, match=r"(?i)cuda"):
+    with pytest.raises(Exception, match=r"(?i)cuda|nvidia"):  # without a driver, or built without CUDA
         fz.jit(lambda x: x + torch.tensor(1.0, device="cuda"))(torch.ones(2))

@@ -47,9 +47,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Tensor, Tensor]] = {
     "index_reduce": (lambda x, y: x.index_reduce(0, WORDS, y, "amax"), X, W),
     "put": (lambda x, y: x.put(WORDS, y), X, V),
     "weights of classes": (lambda x, w: F.nll_loss(x, WORDS, w), X, V),
-    # These are found by the fakes themselves.
-    "dot": (torch.dot, V, V),
     "addmv": (lambda x, v: torch.addmv(V, x, v), X, V),
+    "dot": (torch.dot, V, V),  # found by the fake itself
 }
 
 

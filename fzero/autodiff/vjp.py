@@ -255,6 +255,7 @@ def value_and_grad(
         >>> value_and_grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
         (tensor(5.), tensor([2., 4.]))
     """
+    refuse_dynamo("fz.value_and_grad")
     return ValueAndGrad(f, argnums, has_aux, reduce)
 
 
@@ -279,6 +280,7 @@ def grad(
         >>> grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
         tensor([2., 4.])
     """
+    refuse_dynamo("fz.grad")
     return ValueAndGrad(f, argnums, has_aux, reduce, only_grad=True)
 
 

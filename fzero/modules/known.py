@@ -18,13 +18,14 @@ from torch.fx.node import map_arg
 
 from fzero._torch import OpOverload, TorchDispatchMode, modes_off, storage_id, traced_node
 from fzero.operators import is_pure, written_by
+from fzero.random.keyed import check_can_be_keyed
 
 # What reads values. Operations whose result has a shape that depends on values stay refused.
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
 class answering(TorchDispatchMode):  # noqa: N801 - used as a context manager, `with answering():`
-    """While active inside a trace, answers questions for values that the trace knows."""
+    """While active inside a trace, answers questions for values that the trace knows; a generator it refuses."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
@@ -34,6 +35,8 @@ class answering(TorchDispatchMode):  # noqa: N801 - used as a context manager, `
                 with modes_off():
                     values = _values(order)
                     return func(*(values[node] for node in nodes))
+        if kwargs and kwargs.get("generator") is not None:  # torch 2.11 cannot write it into a graph
+            check_can_be_keyed("fz.jit", func, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
