@@ -501,7 +501,8 @@ t.softmax_chunk.BLOCK = 64
 t.check_kernels_against_references("cpu")
 t.module.runs_triton = lambda x: True
 t.check_ops_against_the_plain_loss("cpu")
-"""
+""",
+        loops=True,
     )
 
 

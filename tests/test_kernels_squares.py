@@ -166,7 +166,8 @@ import tests.test_kernels_squares as t
 t.module.BLOCK, t.module.LANES = 64, 16
 t.check_triton_against_reference("cpu")
 t.check_triton_bits("cpu")
-"""
+""",
+        loops=True,
     )
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,16 @@ ROOT = Path(__file__).parent.parent
 _running: dict[bool, subprocess.Popen[str]] = {}
 
 
-def interpreted(code: str) -> None:
-    """Run code where Triton interprets; what it raises is an `AssertionError` here. Skips where Triton is not."""
+def interpreted(code: str, *, loops: bool = False) -> None:
+    """Run code where Triton interprets; what it raises is an `AssertionError` here. Skips where Triton is not.
+
+    Args:
+        code: Python.
+        loops: whether a kernel in it goes round as often as an argument says. Triton before 3.7 reads that number as
+            numpy from 2.4 on does not let it.
+    """
+    if loops and _version_of("triton") < (3, 7) and _version_of("numpy") >= (2, 4):
+        pytest.skip("this version of Triton interprets no such loop with this one of numpy")
     _run(code, interpret=True)
 
 
@@ -58,6 +67,11 @@ def _run(code: str, *, interpret: bool) -> None:
         raise AssertionError("the process of Triton ended")
     error = json.loads(answer)
     assert not error, error
+
+
+def _version_of(package: str) -> tuple[int, ...]:
+    pytest.importorskip(package)
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def _started(interpret: bool) -> subprocess.Popen[str]:
