@@ -74,8 +74,7 @@ def _closed(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[
     constants: list[Tensor] = []
     for node in inputs:
         mapping[node] = graph.placeholder(node.name)
-    with ThreadPoolExecutor(1) as thread:
-        determined = thread.submit(constants_of, module).result()
+    determined = in_own_thread(lambda: constants_of(module))
     for node, value in determined.items():
         mapping[node] = graph.placeholder(node.name)
         constants.append(value)
