@@ -25,9 +25,9 @@ from torch.fx.node import map_arg
 
 from fzero.marks import marks_of
 from fzero.program.graph.collectives import is_collective
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace
-from fzero.program.graph.walk import body_of, rounds_of
+from fzero.program.graph.walk import body_of
 from fzero.ranks.agree import first_written
 
 _T = TypeVar("_T")
@@ -59,7 +59,7 @@ def named(trace: Trace) -> list[tuple[str, fx.Node]]:
             found.append((_name(node, sizes="leaf" in marks_of(node)), node))
         elif node.target is run_loop and (inside := order_of(body_of(trace, node))):
             text = json.dumps(_sorted(inside)).encode()
-            found.append((f"loop, {rounds_of(node)} rounds of {hashlib.sha256(text).hexdigest()[:12]}", node))
+            found.append((f"loop, {loop_call(node).rounds} rounds of {hashlib.sha256(text).hexdigest()[:12]}", node))
     return found
 
 
@@ -74,7 +74,7 @@ def with_order(trace: Trace, order: Order) -> Trace:
     loops: dict[str, Order] = {x[0]: x[1] for x in order if isinstance(x, list)}
     for name, node in named(trace):
         if name in loops:
-            at = str(node.args[0].target)  # type: ignore[union-attr]
+            at = loop_call(node).name
             bodies[at] = with_order(bodies[at], loops[name])
     return trace.replace(bodies=bodies, order=tuple(x if isinstance(x, str) else x[0] for x in order))
 

@@ -26,7 +26,7 @@ from fzero._torch import OpOverload
 from fzero.kernels.in_place import IN_PLACE, is_in_place, targets_of
 from fzero.marks import marks_of
 from fzero.program.graph.aliases import alias_of
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace, results
 from fzero.program.graph.values import Values, tensors_of
 from fzero.sharding.sharded import Sharded
@@ -146,8 +146,7 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
         role = marks_of(node).get("role")
         sources = [source for source in node.all_input_nodes if source in late]
         if node.target is run_loop:
-            sums: Any = node.args[3]  # reductions of gradients, and of the loss
-            found.update(sums)
+            found.update(loop_call(node).sums)  # reductions of gradients, and of the loss
         elif role == "reduce":
             found.update(sources)
         elif (node.target in IN_PLACE or is_in_place(node)) and isinstance(given := node.args[1], list | tuple):

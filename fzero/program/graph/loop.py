@@ -10,10 +10,11 @@ memory. A term of kind "stack" is concatenated along dimension 0; of one that is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 Kind = Literal["sum", "stack", "same"]
 
@@ -55,6 +56,38 @@ def run_loop(
         del terms
     found = {"sum": iter(totals), "stack": (torch.cat(stack) for stack in stacks), "same": iter(last)}
     return [next(found[kind]) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class LoopCall:
+    """The arguments of a loop in a graph, by the names that they have above."""
+
+    body: fx.Node
+    kinds: Sequence[Kind]
+    index: fx.Node
+    sums: Sequence[fx.Node]
+    whole: Sequence[fx.Node]
+    batch: Sequence[fx.Node]
+
+    @property
+    def name(self) -> str:
+        """The attribute of the graph's module that is the body."""
+        return str(self.body.target)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """They as a node holds them."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def rounds(self) -> int:
+        """How often the body runs."""
+        return int(self.index.meta["val"].shape[0])
+
+
+def loop_call(node: fx.Node) -> LoopCall:
+    """Return what a node that calls `run_loop` gives it."""
+    return LoopCall(*node.args)  # type: ignore[arg-type]
 
 
 def part_of(x: Tensor, i: int, n: int) -> Tensor:

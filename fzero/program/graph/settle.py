@@ -27,7 +27,7 @@ from fzero._torch import FakeTensorMode, python_of
 from fzero.errors import TraceError
 from fzero.program.graph.aliases import alias_of
 from fzero.program.graph.collectives import is_collective
-from fzero.program.graph.loop import part_of, run_loop
+from fzero.program.graph.loop import loop_call, part_of, run_loop
 from fzero.program.graph.sizes import SizeOf, Symbols
 from fzero.program.graph.trace import Trace, attribute, copied, results, with_graph
 from fzero.program.graph.walk import body_of
@@ -144,8 +144,7 @@ def _valued(trace: Trace, given: Sequence[Any]) -> Trace:
                 values[node] = attribute(module, str(node.target))
             continue
         elif node.target is run_loop:
-            name = str(node.args[0].target)
-            bodies[name], values[node] = _looped(body_of(trace, node), node, values)
+            bodies[loop_call(node).name], values[node] = _looped(body_of(trace, node), node, values)
         else:
             args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
             values[node] = node.target(*args, **kwargs)
@@ -155,9 +154,9 @@ def _valued(trace: Trace, given: Sequence[Any]) -> Trace:
 
 def _looped(body: Trace, loop: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Trace, list[Tensor]]:
     """Return the body of a loop with its values, and what the loop gives."""
-    arguments: Any = map_arg(loop.args[1:], values.__getitem__)
-    kinds, index, sums, whole, batch = arguments
-    n = index.shape[0]
+    call = loop_call(loop)
+    sums, whole, batch = ([values[x] for x in some] for some in (call.sums, call.whole, call.batch))
+    index, n = values[call.index], call.rounds
     parts = [_fresh(part_of(x, 0, n)) for x in batch]
     body = _valued(body, [*map(_fresh, sums), _fresh(index[0]), *map(_fresh, whole), *parts])
     terms = [node.meta["val"] for node in results(body.module)]
@@ -165,7 +164,7 @@ def _looped(body: Trace, loop: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[
         torch.empty((term.shape[0] * n, *term.shape[1:]), dtype=term.dtype, device=term.device)
         if kind == "stack"
         else torch.empty_like(term)
-        for term, kind in zip(terms, kinds, strict=True)
+        for term, kind in zip(terms, call.kinds, strict=True)
     ]
     return body, found
 

@@ -23,7 +23,7 @@ from fzero.kernels.in_place import IN_PLACE, targets_of
 from fzero.operators import written_by
 from fzero.program.graph.aliases import alias_of
 from fzero.program.graph.collectives import ISSUES, WAIT, issue_of, sent_for
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.sizes import is_size
 from fzero.program.graph.trace import Trace
 
@@ -134,9 +134,9 @@ class Values:
         """Return, for a loop, the buffers of the results that it sums up in the memory of what they start from."""
         if node.target is not run_loop:
             return {}
-        _, kinds, _, sums, *_ = node.args
-        rest = iter(sums)  # type: ignore[arg-type]
-        return {i: self.holds[next(rest)][0] for i, kind in enumerate(kinds) if kind == "sum"}  # type: ignore[arg-type]
+        call = loop_call(node)
+        rest = iter(call.sums)
+        return {i: self.holds[next(rest)][0] for i, kind in enumerate(call.kinds) if kind == "sum"}
 
     def _reads_of(self, node: fx.Node) -> Buffers:
         if is_size(node):

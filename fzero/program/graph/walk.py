@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace
 
 
@@ -16,23 +16,14 @@ def calls(trace: Trace, times: int = 1) -> Iterator[tuple[fx.Node, int]]:
     """Yield every operation of a program with the number of times that it runs; a loop as what its body holds."""
     for node in trace.module.graph.nodes:
         if node.target is run_loop:
-            yield from calls(body_of(trace, node), times * rounds_of(node))
+            yield from calls(body_of(trace, node), times * loop_call(node).rounds)
         elif node.op == "call_function":
             yield node, times
 
 
 def body_of(trace: Trace, loop: fx.Node) -> Trace:
     """Return what a loop of a trace runs in each round."""
-    body = loop.args[0]
-    assert isinstance(body, fx.Node)
-    return trace.bodies[str(body.target)]
-
-
-def rounds_of(loop: fx.Node) -> int:
-    """Return how often a loop runs its body."""
-    index = loop.args[2]
-    assert isinstance(index, fx.Node)
-    return int(index.meta["val"].shape[0])
+    return trace.bodies[loop_call(loop).name]
 
 
 def vals(arguments: Any) -> Any:

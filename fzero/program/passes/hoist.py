@@ -11,12 +11,15 @@ ZeRO-3 repeats for the backward stay where they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import fx
 
 from fzero.marks import marks_of
 from fzero.program.graph.collectives import GATHERS, WAIT
 from fzero.program.graph.gathers import from_pieces
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace, copied
 from fzero.program.graph.values import Values
 from fzero.program.options import Options
@@ -29,19 +32,16 @@ def hoist(trace: Trace, options: Options) -> Trace:
         return trace
     module, bodies = copied(trace.module), dict(trace.bodies)
     for loop in [node for node in module.graph.nodes if node.target is run_loop]:
-        body, kinds, index, sums, whole, batch = loop.args
-        name = str(body.target)
-        before = bodies[name]
+        call = loop_call(loop)
+        before = bodies[call.name]
         inner = before.replace(module=copied(before.module))
-        first = len(sums) + 1
-        inner, gathered = _taken_out(inner, first, list(whole), module.graph, loop)
-        loop.args = (body, kinds, index, sums, [*whole, *gathered], batch)
-        bodies[name] = inner
+        bodies[call.name], gathered = _taken_out(inner, len(call.sums) + 1, call.whole, module.graph, loop)
+        loop.args = replace(call, whole=[*call.whole, *gathered]).args
     return trace.replace(module=module, bodies=bodies)
 
 
 def _taken_out(
-    body: Trace, first: int, whole: list[fx.Node], graph: fx.Graph, loop: fx.Node
+    body: Trace, first: int, whole: Sequence[fx.Node], graph: fx.Graph, loop: fx.Node
 ) -> tuple[Trace, list[fx.Node]]:
     """Move the kept gathers of a body in front of its loop; return the body, and what they give there."""
     placeholders = body.module.graph.find_nodes(op="placeholder")

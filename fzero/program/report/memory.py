@@ -12,7 +12,7 @@ from torch import fx
 
 from fzero.display.listing import amount
 from fzero.program.graph.kinds import AT_REST, KINDS, kinds_of
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.values import Values, nbytes
 from fzero.program.graph.walk import body_of
@@ -62,7 +62,7 @@ def inside_loops(trace: Trace) -> dict[fx.Node, int]:
 
 def _stacked(loop: fx.Node) -> int:
     """Return the bytes of what a loop's rounds give to be concatenated: at its end that is there twice."""
-    kinds: Sequence[str] = loop.args[1]  # type: ignore[assignment]
+    kinds = loop_call(loop).kinds
     return sum(nbytes(x) for x, kind in zip(loop.meta["val"], kinds, strict=True) if kind == "stack")
 
 

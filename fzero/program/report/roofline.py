@@ -23,10 +23,10 @@ from torch import Tensor, fx
 from fzero.program.graph.aliases import alias_of
 from fzero.program.graph.collectives import COLLECTIVES, ISSUES, WAIT, issue_of
 from fzero.program.graph.kinds import overwritten
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.values import tensors_of
-from fzero.program.graph.walk import body_of, rounds_of
+from fzero.program.graph.walk import body_of
 from fzero.program.report.flops import flops_at
 from fzero.program.report.traffic import Message, message_of
 
@@ -174,7 +174,7 @@ class _Clocks:
             if node.op != "call_function":
                 continue
             if node.target is run_loop:
-                self._loop(body_of(trace, node), rounds_of(node))
+                self._loop(body_of(trace, node), loop_call(node).rounds)
             elif node.target in ISSUES:
                 seconds = wire_seconds(message_of(node), self.device, self.between)
                 self.wire = ends[node] = max(self.wire, self.compute) + seconds

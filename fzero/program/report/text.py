@@ -17,9 +17,9 @@ from fzero._torch import OpOverload
 from fzero.display.listing import amount
 from fzero.marks import marks_of
 from fzero.program.graph.collectives import ISSUES
-from fzero.program.graph.loop import run_loop
+from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace, results
-from fzero.program.graph.walk import body_of, rounds_of
+from fzero.program.graph.walk import body_of
 from fzero.program.report.flops import flops_of
 from fzero.program.report.memory import Memory, memory_of
 from fzero.program.report.origins import Origin, origins_of
@@ -140,13 +140,11 @@ def _leaves(paths: Sequence[str]) -> str:
 
 
 def _loop(trace: Trace, loop: fx.Node) -> Iterator[str]:
-    arguments: Any = loop.args
-    _, kinds, index, sums, whole, batch = arguments
-    body = body_of(trace, loop)
-    yield f"{loop.name}: {shown(loop.meta['val'])} = {_text(kinds)} of"
-    yield f"for each of {rounds_of(loop)} micro-batches:"
-    sources = [f"{x.name}, added to" for x in sums] + [f"{index.name}[i]"]
-    sources += [x.name for x in whole] + [f"{x.name}[i]" for x in batch]
+    call, body = loop_call(loop), body_of(trace, loop)
+    yield f"{loop.name}: {shown(loop.meta['val'])} = {_text(call.kinds)} of"
+    yield f"for each of {call.rounds} micro-batches:"
+    sources = [f"{x.name}, added to" for x in call.sums] + [f"{call.index.name}[i]"]
+    sources += [x.name for x in call.whole] + [f"{x.name}[i]" for x in call.batch]
     names = [node.name for node in body.module.graph.find_nodes(op="placeholder")]
     for line in _wrapped("with " + "; ".join(f"{n} = {s}" for n, s in zip(names, sources, strict=True))):
         yield _INDENT + line
