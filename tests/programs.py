@@ -128,7 +128,7 @@ def matmuls(trace: Trace) -> int:
 def gathers(trace: Trace) -> Counter[str]:
     """How often each leaf is gathered for the function to see."""
     found = [marks_of(node) for node in nodes(trace) if node.target in GATHERS]
-    return Counter(leaf for marks in found if marks.get("role") == "gather" for leaf in marks["leaf"].split(", "))
+    return Counter(leaf for marks in found if marks.role == "gather" for leaf in str(marks.leaf).split(", "))
 
 
 def text(trace: Trace) -> str:
@@ -152,7 +152,7 @@ def kept_for_backward(trace: Trace) -> int:
     total = 0
     for b, owner in enumerate(values.owner):
         marks = marks_of(owner)
-        if owner.op == "call_function" and marks.get("phase") != "backward" and marks.get("role") is None:
+        if owner.op == "call_function" and marks.phase != "backward" and marks.role is None:
             readers = [n for n, reads in values.reads.items() if b in reads]
-            total += values.size[b] * any(marks_of(reader).get("phase") == "backward" for reader in readers)
+            total += values.size[b] * any(marks_of(reader).phase == "backward" for reader in readers)
     return total

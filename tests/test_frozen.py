@@ -68,7 +68,7 @@ def step(state: fz.State, x: Tensor) -> Any:
 def reduced(trace: Trace) -> set[str]:
     """The leaves whose gradients are reduced over ranks."""
     found = [marks_of(node) for node in nodes(trace)]
-    return {leaf for m in found if m.get("role") == "reduce" for leaf in m["leaf"].split(", ")}
+    return {leaf for m in found if m.role == "reduce" for leaf in str(m.leaf).split(", ")}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx import traceback
 
 import fzero as fz
-from fzero.marks import blocks_marked, blocks_of, line_of, mark, marks_of
+from fzero.marks import Marks, blocks_marked, blocks_of, line_of, mark, marks_of
 from fzero.program.graph.collectives import GATHERS, ISSUES
 from fzero.program.graph.trace import Trace
 from tests.programs import DEPTH, nodes, raw, simulated, tokens, training
@@ -33,14 +33,23 @@ def test_operations_keep_the_marks_that_stand_around_them() -> None:
         return y.neg()
 
     trace = traced(f, torch.ones(3))
-    found = {n.name: {k: v for k, v in marks_of(n).items() if k != "line"} for n in nodes(trace)}
-    assert found == {
-        "exp": {},
-        "sin": {"role": "gather", "leaf": "w"},
-        "cos": {"role": "gather", "leaf": "v", "axis": "data"},
-        "tanh": {"role": "gather", "leaf": "w"},
-        "neg": {},
+    assert {n.name: marks_of(n).replace(line=None) for n in nodes(trace)} == {
+        "exp": Marks(),
+        "sin": Marks(role="gather", leaf="w"),
+        "cos": Marks(role="gather", leaf="v", axis="data"),
+        "tanh": Marks(role="gather", leaf="w"),
+        "neg": Marks(),
     }
+
+
+def test_what_others_annotate_stays() -> None:
+    def f(x: Tensor) -> Tensor:
+        with traceback.annotate({"theirs": 1}), mark(role="gather"):
+            return x.exp()
+
+    (node,) = nodes(traced(f, torch.ones(3)))
+    assert node.meta["custom"]["theirs"] == 1
+    assert marks_of(node).role == "gather"
 
 
 def test_outside_of_a_trace_nothing_is_marked() -> None:
@@ -104,24 +113,24 @@ def test_a_step_is_marked(microbatches: int) -> None:
     marks = [marks_of(n) for n in found]
     cut = {path for path, spec in zip(state.params.paths, state.params.placement.specs, strict=True) if spec.cut}
     by_role = {
-        role: {m["leaf"] for m in marks if m.get("role") == role and "leaf" in m}
+        role: {m.leaf for m in marks if m.role == role and m.leaf is not None}
         for role in ("gather", "reduce", "update")
     }
     assert by_role["gather"] == by_role["reduce"] == by_role["update"] == set(state.params.paths)
-    gathers = [marks_of(n) for n in found if n.target in GATHERS and marks_of(n).get("role") == "gather"]
-    assert Counter(m["leaf"] for m in gathers) == dict.fromkeys(cut, 1), "the others are whole: a view is all it takes"
-    assert all(m["again"] and m["axis"] == "data" and m.get("phase") is None for m in gathers)
-    assert all(marks_of(n).get("axis") == "data" for n in found if n.target in ISSUES)
-    assert all(m["phase"] == "backward" for m in marks if m.get("role") == "reduce")
-    assert all(m.get("phase") is None for m in marks if m.get("role") == "update")
-    assert {m["block"] for m in marks if "block" in m} == {f"blocks.{i}" for i in range(DEPTH)}
+    gathers = [marks_of(n) for n in found if n.target in GATHERS and marks_of(n).role == "gather"]
+    assert Counter(m.leaf for m in gathers) == dict.fromkeys(cut, 1), "the others are whole: a view is all it takes"
+    assert all(m.again and m.axis == "data" and m.phase is None for m in gathers)
+    assert all(marks_of(n).axis == "data" for n in found if n.target in ISSUES)
+    assert all(m.phase == "backward" for m in marks if m.role == "reduce")
+    assert all(m.phase is None for m in marks if m.role == "update")
+    assert {m.block for m in marks if m.block is not None} == {f"blocks.{i}" for i in range(DEPTH)}
 
 
 def test_below_stage_3_nothing_is_gathered_again() -> None:
     """At stage 3 all may be, as above."""
     state, step = training(simulated(2), 1, policy="mixed")
     found = [marks_of(n) for n in nodes(raw(step, state, tokens())) if n.target in GATHERS]
-    assert {m["again"] for m in found if m.get("role") == "gather"} == {False}
+    assert {m.again for m in found if m.role == "gather"} == {False}
 
 
 def blocks_in(model: nn.Module, x: Tensor) -> dict[str, list[str]]:
@@ -129,8 +138,8 @@ def blocks_in(model: nn.Module, x: Tensor) -> dict[str, list[str]]:
     apply, params = fz.functional(model)
     found: dict[str, list[str]] = {}
     for n in nodes(traced(apply, params, x)):
-        if "block" in marks_of(n):
-            found.setdefault(marks_of(n)["block"], []).append(str(n.target).split(".")[1])
+        if (block := marks_of(n).block) is not None:
+            found.setdefault(block, []).append(str(n.target).split(".")[1])
     return found
 
 
@@ -162,9 +171,9 @@ def test_a_backward_is_marked_and_its_forward_is_not() -> None:
         return fz.value_and_grad(lambda p: apply(p, x).sum())(params)
 
     marks = {n.name: marks_of(n) for n in nodes(traced(f, params, torch.ones(1, 2)))}
-    assert marks["tanh"].get("phase") is None
-    assert marks["tanh_backward"]["phase"] == "backward"
-    assert "block" not in marks["tanh_backward"]
+    assert marks["tanh"].phase is None
+    assert marks["tanh_backward"].phase == "backward"
+    assert marks["tanh_backward"].block is None
 
 
 class Nested(nn.Module):

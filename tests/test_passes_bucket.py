@@ -43,8 +43,8 @@ def bucketed(trace: Trace, limit: int = LIMIT) -> Trace:
 def calls(trace: Trace, role: str, kinds: Collection[Any] = ISSUES) -> Counter[tuple[str, str]]:
     """How many calls of collectives there are for each block and phase."""
     found = [marks_of(n) for n in nodes(trace) if n.target in kinds]
-    marks = [m for m in found if m.get("role") == role]
-    return Counter((_block(m["leaf"].split(", ")[0]), m.get("phase") or "forward") for m in marks)
+    marks = [m for m in found if m.role == role]
+    return Counter((_block(str(m.leaf).split(", ")[0]), m.phase or "forward") for m in marks)
 
 
 def _block(leaf: str) -> str:
@@ -70,8 +70,8 @@ def test_one_call_for_each_block_and_direction(microbatches: int) -> None:
 
 def test_a_second_gather_does_not_join_the_first() -> None:
     for node in nodes(bucketed(unbucketed())):
-        if node.target in GATHERS and marks_of(node).get("role") == "gather":
-            leaves = marks_of(node)["leaf"].split(", ")
+        if node.target in GATHERS and marks_of(node).role == "gather":
+            leaves = str(marks_of(node).leaf).split(", ")
             assert len(set(leaves)) == len(leaves)
 
 
@@ -79,11 +79,11 @@ def test_leaves_of_a_call_stand_in_the_order_of_the_parameters() -> None:
     state, _ = training(simulated(2), 3)
     place = {path: i for i, path in enumerate(state.params.paths)}
     trace = bucketed(unbucketed())
-    together = [marks_of(n) for n in nodes(trace) if n.target in ISSUES and ", " in marks_of(n).get("leaf", "")]
+    together = [marks_of(n) for n in nodes(trace) if n.target in ISSUES and ", " in str(marks_of(n).leaf)]
     assert together
     for marks in together:
-        if marks["role"] == "reduce" or marks.get("phase") is None:
-            places = [place[leaf] for leaf in marks["leaf"].split(", ")]
+        if marks.role == "reduce" or marks.phase is None:
+            places = [place[leaf] for leaf in str(marks.leaf).split(", ")]
             assert places == sorted(places)
 
 
@@ -119,8 +119,8 @@ def test_different_dtypes_axes_and_blocks_stay_apart() -> None:
         return sum(w.float().exp().sum() for w in fz.tree.leaves(p)) * x.sum()
 
     trace = bucketed(after("recompute", raw(fz.train_step(loss), state, torch.zeros(1)), Options()))
-    found = [marks_of(n) for n in nodes(trace) if n.target in ISSUES and marks_of(n).get("role") == "gather"]
-    assert Counter((m["axis"], m["leaf"]) for m in found) == {
+    found = [marks_of(n) for n in nodes(trace) if n.target in ISSUES and marks_of(n).role == "gather"]
+    assert Counter((m.axis, m.leaf) for m in found) == {
         (axis, f"layers.{i}.a, layers.{i}.b"): 1 for axis in ("node", "data") for i in range(2)
     }
 
@@ -204,7 +204,7 @@ def test_a_gather_of_what_is_overwritten_stays_alone() -> None:
     layers = {"layers": {"0": {"a": torch.zeros(64), "b": torch.zeros(64)}}}
     pieces = fz.shard(layers, simulated(2), fz.zero(3))
     trace = bucketed(after("dead", raw(fz.jit(written_between), pieces, torch.zeros(64)), Options()))
-    joined = [marks_of(n)["leaf"] for n in nodes(trace) if n.target is GATHERS_TOGETHER]
+    joined = [str(marks_of(n).leaf) for n in nodes(trace) if n.target is GATHERS_TOGETHER]
     assert all("b" not in leaf for leaf in joined)
     assert not list(misplaced(trace))
 
@@ -229,7 +229,7 @@ def test_trees_with_equal_paths_and_shapes_share_no_call(copied: bool) -> None:
         f, args = (lambda first, x: of_two(first, fz.tree.map(torch.clone, first), x)), (first, torch.zeros(64))
     trace = after("dead", raw(fz.jit(f), *args), Options())
     found = bucketed(trace)
-    joined = Counter(marks_of(n)["leaf"] for n in nodes(found) if n.target in ISSUES)
+    joined = Counter(marks_of(n).leaf for n in nodes(found) if n.target in ISSUES)
     assert set(joined) == {"layers.0.a, layers.0.b"}, "a block of a tree goes together, and no leaf of another with it"
     assert sum(joined.values()) * 2 == sum(n.target in ISSUES for n in nodes(trace))
 
@@ -265,7 +265,7 @@ def exchanges() -> tuple[dict[Any, int], dict[Any, int], list[list[int]]]:
 
 
 def _together(node: fx.Node) -> bool:
-    return ", " in marks_of(node)["leaf"]
+    return ", " in str(marks_of(node).leaf)
 
 
 def test_on_gloo_exchanges_are_packed() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fzero as fz
+from fzero.marks import marks_of
 from fzero.program.graph.collectives import GATHERS
 from fzero.program.graph.trace import Trace
 from tests import world
@@ -37,8 +38,8 @@ def loss_fn(params: Any, x: Tensor) -> Tensor:
 def gathers(trace: Trace) -> list[str]:
     """The leaves that a graph gathers for the function to see, each call's leaves one by one."""
     nodes = [node for node in trace.module.graph.nodes if node.target in GATHERS]
-    marks = [node.meta["custom"] for node in nodes]
-    return sorted(leaf for m in marks if m.get("role") == "gather" for leaf in m["leaf"].split(", "))
+    marks = [marks_of(node) for node in nodes]
+    return sorted(leaf for m in marks if m.role == "gather" for leaf in str(m.leaf).split(", "))
 
 
 def program(stage: int, policy: str, **options: Any) -> Trace:

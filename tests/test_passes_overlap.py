@@ -89,19 +89,19 @@ def test_a_gather_starts_before_the_block_before_it_ends() -> None:
     trace = scheduled()
     found = overlapped(trace, 2**22)
     assert early_gathers(trace) == []
-    gathers = [n for n in found.module.graph.nodes if n.target in ISSUES and marks_of(n).get("role") == "gather"]
+    gathers = [n for n in found.module.graph.nodes if n.target in ISSUES and marks_of(n).role == "gather"]
     early = early_gathers(found)
     assert len(early) >= len(gathers) - 2
     place = order(found)
-    last = {marks_of(n)["block"]: i for n, i in place.items() if "block" in marks_of(n) and not _backward(n)}
+    last = {marks_of(n).block: i for n, i in place.items() if marks_of(n).block is not None and not _backward(n)}
     for gather in early:
         if not _backward(gather):
-            block = int(marks_of(gather)["leaf"].split(".")[0])
+            block = int(str(marks_of(gather).leaf).split(".")[0])
             assert place[gather] < last[str(block - 1)], "while the block before it runs"
 
 
 def _backward(node: fx.Node) -> bool:
-    return marks_of(node).get("phase") == "backward"
+    return marks_of(node).phase == "backward"
 
 
 def test_reductions_are_under_way_while_the_backward_goes_on() -> None:
@@ -171,10 +171,10 @@ def assert_valid(trace: Trace, found: Trace) -> None:
             under_way.discard(issue_of(node))
     assert ahead <= 1, "the next gather starts behind the wait for the one before"
     assert [
-        marks_of(n).get("leaf")
+        marks_of(n).leaf
         for n in trace.module.graph.nodes
         if n.target in ISSUES and n in from_pieces(trace.module.graph)
-    ] == [marks_of(n).get("leaf") for n in found.module.graph.nodes if n.target in ISSUES and n in cheap], (
+    ] == [marks_of(n).leaf for n in found.module.graph.nodes if n.target in ISSUES and n in cheap], (
         "in the order in which they are needed"
     )
 

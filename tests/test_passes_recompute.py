@@ -102,7 +102,7 @@ def test_a_function_without_a_backward_gathers_once() -> None:
 @pytest.mark.parametrize("keep", [0, 100, 500, 1000, 1500, 2500, 10**6])
 def test_a_budget_keeps_what_fits(keep: int) -> None:
     trace = recomputed(swept(3, policy="bf16"), keep_gathered=keep)
-    size = {marks_of(n)["leaf"]: nbytes(n.meta["val"]) for n in nodes(trace) if n.target in GATHERS and _of_leaf(n)}
+    size = {marks_of(n).leaf: nbytes(n.meta["val"]) for n in nodes(trace) if n.target in GATHERS and _of_leaf(n)}
     times = gathers(trace)
     kept = sum(size[leaf] for leaf, count in times.items() if count == 1)
     assert kept <= keep
@@ -120,7 +120,7 @@ def test_a_leaf_that_is_cast_once_gathered_counts_as_what_it_is_cast_to(keep: in
 
 
 def _of_leaf(node: Any) -> bool:
-    return marks_of(node).get("role") == "gather"
+    return marks_of(node).role == "gather"
 
 
 # ---------------------------------------------------------------------------------------------------------

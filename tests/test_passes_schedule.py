@@ -51,7 +51,7 @@ def placed_by_hand(trace: Trace) -> list[fx.Node]:
     nodes = list(graph.nodes)
     lazy = {n for n in nodes if n.op == "get_attr" or n in cheap or (alias_of(n) is not None and n not in fixed)}
     lazy -= {n for n in lazy if n.target is WAIT and n not in cheap}
-    behind = {n for n in nodes if marks_of(n).get("role") in ("reduce", "update") and n not in lazy}
+    behind = {n for n in nodes if marks_of(n).role in ("reduce", "update") and n not in lazy}
     order: dict[fx.Node, None] = {n: None for n in nodes if n.op == "placeholder"}
 
     def needs(node: fx.Node) -> list[fx.Node]:
@@ -249,7 +249,7 @@ def gradient_bytes(trace: Trace) -> int:
     """The most bytes of gradients, full and reduced, that are alive at once."""
     values = Values.of(trace)
     order = list(trace.module.graph.nodes)
-    reducing = [n for n in order if marks_of(n).get("role") == "reduce"]
+    reducing = [n for n in order if marks_of(n).role == "reduce"]
     inside = set(reducing)
     full = {b for n in reducing for source in n.all_input_nodes if source not in inside for b in values.holds[source]}
     own = full | {b for n in reducing for b in values.makes[n]}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 import fzero as fz
+from fzero.marks import Marks, set_marks
 from fzero.program.failure import described, failed_node
 from fzero.program.program import Program
 from tests import world
@@ -55,14 +56,14 @@ def test_a_collective_is_described_by_its_leaf_and_phase(microbatches: int) -> N
     assert "reduce_scatter of leaf 'layers.1.weight' (backward)" in found
 
 
-def node_with(target: Any, **marks: str) -> fx.Node:
+def node_with(target: Any, **marks: Any) -> fx.Node:
     node = fx.Graph().call_function(target)
-    node.meta["custom"] = marks
+    set_marks(node, Marks(**marks))
     return node
 
 
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor
-MARKED = {
+MARKED: dict[str, dict[str, Any]] = {
     "all_gather of leaf 'w' (backward, block 'layers.0')": {"leaf": "w", "phase": "backward", "block": "layers.0"},
     "all_gather of leaf 'w' (block 'layers.0')": {"leaf": "w", "block": "layers.0"},
     "all_gather of leaves 'a', 'b'": {"leaf": "a,b"},

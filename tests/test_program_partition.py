@@ -119,7 +119,7 @@ def test_a_gathered_leaf_is_gathered_again() -> None:
         """How often each leaf is gathered, without what all-reduces gather."""
         graph = fz.trace(f, bucket=0)(*arguments).trace.module.graph
         found = [n for n in graph.nodes if n.target == c10d.all_gather_into_tensor.default]
-        return Counter(marks_of(n)["leaf"] for n in found if marks_of(n)["role"] == "gather")
+        return Counter(str(marks_of(n).leaf) for n in found if marks_of(n).role == "gather")
 
     def both(state: fz.State, x: Tensor) -> Any:
         out, residuals = forward(state, x)

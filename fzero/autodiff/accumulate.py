@@ -30,7 +30,7 @@ from fzero.autodiff.terms import Recipe, taken_apart
 from fzero.autodiff.vjp import ValueAndGrad
 from fzero.autodiff.weights import mean_over, ranks_of, relative, weight_of
 from fzero.errors import BatchError, TraceError
-from fzero.marks import marks_of
+from fzero.marks import marks_of, set_marks
 from fzero.program.graph.loop import Kind, part_of, run_loop
 from fzero.program.graph.sizes import part_like
 from fzero.program.graph.trace import check_keyed, graph_of, results
@@ -245,7 +245,8 @@ def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:
             with graph.inserting_before(output):
                 total = graph.call_function(torch.ops.aten.add.Tensor, (so_far, term))
             # The marks of what is added tell where it belongs.
-            total.meta = {"val": torch.empty_like(so_far.meta["val"]), "custom": dict(marks_of(term))}
+            total.meta = {"val": torch.empty_like(so_far.meta["val"])}
+            set_marks(total, marks_of(term))
             added.append(total)
         else:
             added.append(term)

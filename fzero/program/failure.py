@@ -33,13 +33,13 @@ def described(node: fx.Node) -> str:
     A wait is described as the collective that it waits for.
     """
     issue = (issue_of(node) if node.target is WAIT else None) or node
-    marks = {**marks_of(issue), **marks_of(node)}
+    own, started = marks_of(node), marks_of(issue)
+    leaf, phase, block = own.leaf or started.leaf or "", own.phase or started.phase, own.block or started.block
     packet = str(getattr(issue.target, "overloadpacket", getattr(issue.target, "__name__", issue.target)))
     name = name_of(issue) if issue.target in ISSUES else packet.rpartition(".")[2]
-    leaves = [leaf for leaf in str(marks.get("leaf", "")).split(",") if leaf]
-    listed = ", ".join(repr(leaf.strip()) for leaf in leaves[:3])
+    leaves = [path.strip() for path in leaf.split(",") if path]
+    listed = ", ".join(map(repr, leaves[:3]))
     listed += f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
     what = f"{name} of {'leaf' if len(leaves) == 1 else 'leaves'} {listed}" if leaves else f"{name} (node {issue.name})"
-    where = [marks["phase"]] if "phase" in marks else []
-    where += [f"block {marks['block']!r}"] if "block" in marks else []
+    where = [*([phase] if phase else []), *([f"block {block!r}"] if block else [])]
     return f"{what} ({', '.join(where)})" if where else what

@@ -68,7 +68,7 @@ def _arguments(node: fx.Node, groups: _Groups) -> Iterator[str]:
     for name, value in [*positional, *node.kwargs.items()]:
         key = f"{name}=" if name in node.kwargs else ""
         if name == "group_name" and isinstance(value, str):
-            yield f"{key}{groups[value]}{marks_of(node).get('axis', '')}"
+            yield f"{key}{groups[value]}{marks_of(node).axis or ''}"
         else:
             yield f"{key}{_text(value)}"
 

@@ -56,7 +56,7 @@ def named(trace: Trace) -> list[tuple[str, fx.Node]]:
     found = []
     for node in trace.module.graph.nodes:
         if is_collective(node):
-            found.append((_name(node, sizes="leaf" in marks_of(node)), node))
+            found.append((_name(node, sizes=marks_of(node).leaf is not None), node))
         elif node.target is run_loop and (inside := order_of(body_of(trace, node))):
             text = json.dumps(_sorted(inside)).encode()
             found.append((f"loop, {loop_call(node).rounds} rounds of {hashlib.sha256(text).hexdigest()[:12]}", node))
@@ -113,9 +113,9 @@ def _sorted(order: Order) -> Order:
 def _name(node: fx.Node, *, sizes: bool) -> str:
     marks = marks_of(node)
     operation = str(node.target).removeprefix("_c10d_functional.").removesuffix(".default")
-    leaf = f" of {marks['leaf']}" if "leaf" in marks else ""
-    axis = f" over {marks['axis']}" if "axis" in marks else ""
-    kind = " ".join(str(marks[key]) for key in ("role", "phase") if key in marks)
+    leaf = "" if marks.leaf is None else f" of {marks.leaf}"
+    axis = "" if marks.axis is None else f" over {marks.axis}"
+    kind = " ".join(word for word in (marks.role, marks.phase) if word is not None)
     sent, *rest = map_arg(node.args, lambda source: source.meta.get("val"))
     constants = [x for x in rest[:-1] if sizes or not isinstance(x, list | tuple)]  # the last one is the group
     return f"{operation}{leaf}{axis}: {_kinds(sent, sizes)} {constants} {kind}".rstrip()

@@ -8,10 +8,11 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fzero._torch import FakeTensorMode
+from fzero.marks import Marks, set_marks
 from fzero.program.graph.aliases import record_alias
 
 
-def call(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: tuple[Any, ...], marks: dict[str, Any]) -> fx.Node:
+def call(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: tuple[Any, ...], marks: Marks) -> fx.Node:
     """Put a call of an operator at the graph's insertion point.
 
     Args:
@@ -24,7 +25,8 @@ def call(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: tuple[Any, ..
     node = graph.call_function(target, args)
     with mode:
         value = target(*map_arg(args, lambda n: n.meta["val"]))
-    node.meta = {"val": value, "custom": marks}
+    node.meta = {"val": value}
+    set_marks(node, marks)
     record_alias(node)
     return node
 

@@ -80,17 +80,17 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
     graph = trace.module.graph
     late = _late(graph)
     gradients = _gradients(graph, late, values)
-    for_backward = _read_by(values, lambda n: marks_of(n).get("phase") == "backward")
+    for_backward = _read_by(values, lambda n: marks_of(n).phase == "backward")
     for_late = _read_by(values, lambda n: n in late)
     kinds = ["other"] * len(values.size)
 
     def kind_of(node: fx.Node, buffer: int) -> str:
         marks = marks_of(node)
-        if marks.get("role") == "gather":
+        if marks.role == "gather":
             return "gathered"
-        if buffer in gradients or marks.get("role") == "reduce":
+        if buffer in gradients or marks.role == "reduce":
             return "gradients"
-        read = for_late if marks.get("repeated") else for_backward
+        read = for_late if marks.repeated else for_backward
         return "activations" if node not in late and buffer in read else "other"
 
     inputs = iter(trace.kinds or ["inputs"] * len(trace.inputs))
@@ -106,7 +106,7 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
         elif node.op == "call_function":
             for b in values.makes[node]:
                 kinds[b] = kind_of(node, b)
-            if node.target in IN_PLACE and marks_of(node).get("role") == "update":
+            if node.target in IN_PLACE and marks_of(node).role == "update":
                 for b, target in zip(values.makes[node], targets_of(node), strict=False):
                     kinds[b] = kinds[values.holds[target][0]]
     _name_results(trace, values, kinds, late)
@@ -129,11 +129,9 @@ def _late(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         marks = marks_of(node)
-        if marks.get("repeated") or node.op != "call_function":
+        if marks.repeated or node.op != "call_function":
             continue
-        starts = (
-            marks.get("phase") == "backward" or marks.get("role") in ("reduce", "update") or node.target is run_loop
-        )
+        starts = marks.phase == "backward" or marks.role in ("reduce", "update") or node.target is run_loop
         if starts or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
@@ -143,7 +141,7 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
     """Return the buffers that hold gradients of leaves, as the module docstring has it."""
     found: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        role = marks_of(node).get("role")
+        role = marks_of(node).role
         sources = [source for source in node.all_input_nodes if source in late]
         if node.target is run_loop:
             found.update(loop_call(node).sums)  # reductions of gradients, and of the loss
@@ -153,7 +151,7 @@ def _gradients(graph: fx.Graph, late: set[fx.Node], values: Values) -> set[int]:
             found.update(source for source in given if source in late)  # an update kernel is given them as a list
         elif role == "update" or (node in found and _is_pointwise(node)):
             size = max(_numel(node), *(_numel(source) for source in targets_of(node)), 0)
-            found.update(s for s in sources if _numel(s) == size and marks_of(s).get("role") != "update")
+            found.update(s for s in sources if _numel(s) == size and marks_of(s).role != "update")
         elif node in found and (node.target in _CARRIES or alias_of(node) is not None):
             # Of an operator that returns a tuple, the element that is a gradient, not the others.
             found.update(sources if node.target is not operator.getitem else ())

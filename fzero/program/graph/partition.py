@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero.marks import line_of, mark, marks_of
+from fzero.marks import line_of, mark, marks_of, set_marks
 from fzero.operators import written_by
 from fzero.program.graph.aliases import alias_of
 from fzero.program.graph.collectives import WAIT
@@ -110,7 +110,7 @@ def partition(joint: Trace, by_reference: Collection[int]) -> Halves:
     gradient_nodes = [node for node in tree.leaves(gradients) if isinstance(node, fx.Node)]
 
     writers = _writers(graph, values)
-    early = {node for node in graph.nodes if marks_of(node).get("phase") != "backward"} - _hanging_on_cotangents(graph)
+    early = {node for node in graph.nodes if marks_of(node).phase != "backward"} - _hanging_on_cotangents(graph)
     remade = _Remade(graph, values, inputs, by_reference)
 
     def before_in_forward(node: fx.Node) -> list[fx.Node]:
@@ -132,7 +132,7 @@ def partition(joint: Trace, by_reference: Collection[int]) -> Halves:
         values, [*wanted, *gradient_nodes]
     )
     forward = _closure([*wanted, *saved, *(n for n in written if n in early)], before_in_forward)
-    cotangents = sorted((n for n in graph.nodes if "cotangent" in marks_of(n)), key=_cotangent_index)
+    cotangents = sorted((n for n in graph.nodes if marks_of(n).cotangent is not None), key=_cotangent_index)
 
     positions = {node: i for i, node in reversed(list(enumerate(wanted)))}
     extras = [node for node in saved if node.op != "placeholder" and node not in positions]
@@ -226,8 +226,7 @@ def _half(
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if again is not None and node in again.cheap:
-            marks = marks_of(node) | {"repeated": True, "phase": "backward"}
-            copies[node].meta["custom"] = marks
+            set_marks(copies[node], marks_of(node).replace(repeated=True, phase="backward"))
     graph.output([copies[node] for node in given])
     used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     bodies = {name: body for name, body in joint.bodies.items() if name in used}
@@ -237,7 +236,7 @@ def _half(
 def _hanging_on_cotangents(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if "cotangent" in marks_of(node) or any(source in found for source in node.all_input_nodes):
+        if marks_of(node).cotangent is not None or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
@@ -253,14 +252,15 @@ def _hollow(given: object) -> tree.Hollow:
 
 
 def _cotangent_index(node: fx.Node) -> int:
-    index: int = marks_of(node)["cotangent"]
+    index = marks_of(node).cotangent
+    assert index is not None
     return index
 
 
 def _described(node: fx.Node, joint: Trace, place: Source) -> Saved:
     value = node.meta["val"]
     made = f"argument {joint.inputs[place.index]}" if place.kind == "input" else _operator(node)
-    return Saved(tuple(value.shape), value.dtype, made, line_of(node), marks_of(node).get("block"))
+    return Saved(tuple(value.shape), value.dtype, made, line_of(node), marks_of(node).block)
 
 
 def _operator(node: fx.Node) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from fzero._torch import FakeTensorMode
-from fzero.marks import marks_of
+from fzero.marks import Marks, marks_of
 from fzero.program.graph.build import call, mode_of
 from fzero.program.graph.collectives import ISSUES, WAIT, sum_of
 from fzero.program.graph.trace import Trace, copied
@@ -97,7 +97,7 @@ def _collected(
 
 def _is_there(node: fx.Node, found: _Bucket) -> bool:
     """Whether a bucket holds a leaf of this path already: then this one is of another pullback, or of another tree."""
-    return any(marks_of(member)["leaf"] == marks_of(node)["leaf"] for member in found.members)
+    return any(marks_of(member).leaf == marks_of(node).leaf for member in found.members)
 
 
 def _closure(bits: int, buckets: list[_Bucket]) -> int:
@@ -116,7 +116,7 @@ def _key(node: fx.Node) -> tuple[Any, ...] | None:
     if row is None or row.packs is None or node.target is not row.operator or not (block := _block(node)):
         return None
     value, marks = node.args[0].meta["val"], marks_of(node)  # type: ignore[union-attr]
-    kind = [marks.get(name) for name in ("tree", "role", "phase", "repeated")]
+    kind = (marks.tree, marks.role, marks.phase, marks.repeated)
     if row.packs == "listed":
         return (node.target, value.dtype, repr(node.args[1:]), block, *kind)
     total = sum_of(node)
@@ -128,7 +128,7 @@ def _key(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _block(node: fx.Node) -> str | None:
     """Return the block that a leaf belongs to: its path up to the first number in it, or else its module."""
-    leaf = marks_of(node).get("leaf")
+    leaf = marks_of(node).leaf
     if leaf is None:
         return None
     keys = leaf.split(".")
@@ -140,9 +140,8 @@ def _wire_bytes(node: fx.Node) -> int:
     return max(nbytes(node.meta["val"]), nbytes(node.args[0].meta["val"]))  # type: ignore[union-attr]
 
 
-def _marks(members: list[fx.Node]) -> dict[str, Any]:
-    shared = dict(marks_of(members[0]))
-    return {**shared, "leaf": ", ".join(marks_of(member)["leaf"] for member in members)}
+def _marks(members: list[fx.Node]) -> Marks:
+    return marks_of(members[0]).replace(leaf=", ".join(marks_of(member).leaf or "" for member in members))
 
 
 def _listed(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> None:
@@ -150,7 +149,7 @@ def _listed(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> No
     inputs, coalesced = [member.args[0] for member in members], ISSUES[members[0].target].coalesced
     issue = call(graph, mode, coalesced, (inputs, *members[0].args[1:]), _marks(members))
     for i, member in enumerate(members):
-        own = call(graph, mode, operator.getitem, (issue, i), dict(marks_of(member)))
+        own = call(graph, mode, operator.getitem, (issue, i), marks_of(member))
         member.replace_all_uses_with(own)
         graph.erase_node(member)
 
@@ -162,7 +161,7 @@ def _in_rows(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> N
     aten, marks = torch.ops.aten, _marks(members)
     sizes = [member.args[0].meta["val"].numel() // parts for member in members]  # type: ignore[union-attr]
     rows = [
-        call(graph, mode, aten.view.default, (member.args[0], [parts, n]), dict(marks_of(member)))
+        call(graph, mode, aten.view.default, (member.args[0], [parts, n]), marks_of(member))
         for member, n in zip(members, sizes, strict=True)
     ]
     pack = call(graph, mode, aten.cat.default, (rows, 1), marks)
@@ -173,7 +172,7 @@ def _in_rows(graph: fx.Graph, mode: FakeTensorMode, members: list[fx.Node]) -> N
     flat = call(graph, mode, aten.view.default, (total, [-1]), marks)
     split = call(graph, mode, aten.split_with_sizes.default, (flat, sizes), marks)
     for i, (member, old) in enumerate(zip(members, totals, strict=True)):
-        own = call(graph, mode, operator.getitem, (split, i), dict(marks_of(member)))
+        own = call(graph, mode, operator.getitem, (split, i), marks_of(member))
         old.replace_all_uses_with(own)
         for gone in (old, old.args[0], member):
             graph.erase_node(gone)  # type: ignore[arg-type]

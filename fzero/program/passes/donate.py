@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fzero.kernels.in_place import IN_PLACE, targets_of
+from fzero.marks import marks_of, set_marks
 from fzero.program.graph.trace import Trace, copied, results
 from fzero.program.graph.values import Values
 from fzero.program.options import Options
@@ -35,7 +36,8 @@ def donate(trace: Trace, options: Options) -> Trace:
         targets = targets_of(node)
         with graph.inserting_before(node):
             update = graph.call_function(in_place, node.args, node.kwargs)
-        update.meta = {key: node.meta[key] for key in ("custom",) if key in node.meta} | {"val": None}
+        update.meta = {"val": None}
+        set_marks(update, marks_of(node))
         _replace_results(graph, node, targets)
     return trace
 

@@ -72,7 +72,7 @@ def _taken_out(
 
 
 def _is_kept(gather: object) -> bool:
-    return isinstance(gather, fx.Node) and gather.target in GATHERS and bool(marks_of(gather).get("kept"))
+    return isinstance(gather, fx.Node) and gather.target in GATHERS and marks_of(gather).kept
 
 
 def _leading_to(wanted: fx.Node, cheap: set[fx.Node]) -> list[fx.Node]:

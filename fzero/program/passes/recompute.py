@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero.marks import marks_of
+from fzero.marks import marks_of, set_marks
 from fzero.operators import written_by
 from fzero.program.graph.aliases import alias_of
 from fzero.program.graph.build import call, mode_of
@@ -113,7 +113,7 @@ def _runs(graph: fx.Graph) -> list[_Run]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        name = None if _backward(node) else marks_of(node).get("block")
+        name = None if _backward(node) else marks_of(node).block
         if name is not None and name != last:
             runs.append({})
         if name is not None:
@@ -157,7 +157,7 @@ def _repeat(
     for node in _closure([value for value, _ in uses], repeatable, order):
         with graph.inserting_before(first):
             copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
-        copies[node].meta["custom"] = {**marks_of(node), "phase": marks_of(first).get("phase"), "repeated": True}
+        set_marks(copies[node], marks_of(node).replace(phase=marks_of(first).phase, repeated=True))
     for value, user in uses:
         user.replace_input_with(value, copies[value])
 
@@ -183,21 +183,18 @@ def _gathers(graph: fx.Graph, cheap: set[fx.Node], keep: float) -> None:
     order = {node: i for i, node in enumerate(nodes)}
     plans: list[tuple[int, int, int, list[tuple[fx.Node, fx.Node]]]] = []
     for gather in nodes:
-        if gather.target not in GATHERS or gather not in cheap or marks_of(gather).get("role") != "gather":
+        if gather.target not in GATHERS or gather not in cheap or marks_of(gather).role != "gather":
             continue
         if _is_gathered_on(gather, cheap):
             continue
-        if not marks_of(gather).get("again"):
+        if not marks_of(gather).again:
             _keep(gather)
             continue
-        if marks_of(gather).get(
-            "repeated"
-        ):  # this is the second gather: `split_vjp` has cut the first off with the forward
+        if marks_of(gather).repeated:  # the second one: `split_vjp` has cut the first off with the forward
             continue
         uses = _uses(gather, cheap, order)
-        size = max(
-            (nbytes(value.meta["val"]) for value, _ in uses), default=0
-        )  # of a leaf that is cast once it is here, the larger form
+        # Of a leaf that is cast once it is here, the larger form.
+        size = max((nbytes(value.meta["val"]) for value, _ in uses), default=0)
         if len(uses) < 2 or not any(_backward(user) for _, user in uses):
             plans.append((len(nodes), order[gather], size, []))  # gathered once in any case
             continue
@@ -226,7 +223,7 @@ def _is_gathered_on(gather: fx.Node, cheap: set[fx.Node]) -> bool:
 
 def _keep(gather: fx.Node) -> None:
     """Mark a gather as one whose leaf stays, for `hoist`."""
-    gather.meta["custom"] = {**marks_of(gather), "kept": True}
+    set_marks(gather, marks_of(gather).replace(kept=True))
 
 
 def _uses(gather: fx.Node, cheap: set[fx.Node], order: dict[fx.Node, int]) -> list[tuple[fx.Node, fx.Node]]:
@@ -246,4 +243,4 @@ def _uses(gather: fx.Node, cheap: set[fx.Node], order: dict[fx.Node, int]) -> li
 
 
 def _backward(node: fx.Node) -> bool:
-    return marks_of(node).get("phase") == "backward"
+    return marks_of(node).phase == "backward"

@@ -223,7 +223,7 @@ class _Scheduler:
             if node in self.emitted or self.missing[node]:
                 continue
             if self.rule == "by role":
-                if marks_of(node).get("role") in ("reduce", "update"):
+                if marks_of(node).role in ("reduce", "update"):
                     waiting.update(dict.fromkeys(self._emit_with(node)))
                 continue
             chain, net, most = self._chain(node)

@@ -14,11 +14,9 @@ from pathlib import PurePath
 
 from torch import fx
 
-from fzero.marks import line_of, marks_of
+from fzero.marks import Line, line_of, marks_of
 from fzero.program.graph.kinds import overwritten
 from fzero.program.graph.values import tensors_of
-
-Line = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def origins_of(graph: fx.Graph) -> dict[fx.Node, Origin]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        own = Origin(line_of(node), marks_of(node).get("block"))
+        own = Origin(line_of(node), marks_of(node).block)
         found[node] = own
         if _is_backward(node):
             read = _forward_sources(node, own.line)
@@ -85,13 +83,13 @@ def _forward_sources(node: fx.Node, pullback: Line | None) -> list[fx.Node]:
 
 def _is_backward(node: fx.Node) -> bool:
     marks = marks_of(node)
-    return marks.get("phase") == "backward" and not marks.get("repeated") and "role" not in marks
+    return marks.phase == "backward" and not marks.repeated and marks.role is None
 
 
 def _is_forward(node: fx.Node) -> bool:
     marks = marks_of(node)
-    is_marked = node.op == "call_function" and "role" not in marks and "line" in marks
-    return is_marked and (marks.get("phase") != "backward" or bool(marks.get("repeated")))
+    is_marked = node.op == "call_function" and marks.role is None and marks.line is not None
+    return is_marked and (marks.phase != "backward" or marks.repeated)
 
 
 def _used_at(node: fx.Node) -> fx.Node:

@@ -116,12 +116,12 @@ def _line(node: fx.Node, origin: Origin) -> str:
 
 def _role(node: fx.Node, origin: Origin) -> Iterator[str]:
     marks = marks_of(node)
-    if marks.get("repeated"):
+    if marks.repeated:
         yield "again"
-    elif marks.get("phase") == "backward" and not origin.backward:
+    elif marks.phase == "backward" and not origin.backward:
         yield "backward"
-    if role := marks.get("role"):
-        yield f"{role} {_leaves(str(marks.get('leaf', '')).split(', '))}"
+    if marks.role is not None:
+        yield f"{marks.role} {_leaves((marks.leaf or '').split(', '))}"
     if node.target in ISSUES:
         message = message_of(node)
         yield f"{amount(message.received)} received over {message.axis}"

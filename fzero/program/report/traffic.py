@@ -76,7 +76,8 @@ def message_of(issue: fx.Node) -> Message:
     row, (given, *rest) = ISSUES[issue.target], vals(issue.args)
     ranks = row.ranks(rest)
     received = row.received(_nbytes(given), _nbytes(issue.meta["val"]), ranks)
-    return Message(name_of(issue), str(marks_of(issue).get("axis", rest[-1])), ranks, received)
+    axis = marks_of(issue).axis
+    return Message(name_of(issue), str(rest[-1]) if axis is None else axis, ranks, received)
 
 
 def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
