@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 import re
 import types
 from collections.abc import Iterator
@@ -91,3 +93,24 @@ def test_what_lacks_is_found() -> None:
         "what it returns",
         "what it raises",
     ]
+
+
+def definitions() -> Iterator[tuple[str, Any]]:
+    """The public functions and classes of every file, with their public methods and properties."""
+    for module in modules():
+        for name, found in vars(module).items():
+            is_own = (inspect.isfunction(found) or inspect.isclass(found)) and found.__module__ == module.__name__
+            if is_own and found.__name__ == name and not name.startswith("_"):
+                yield f"{module.__name__}.{name}", found
+                if inspect.isclass(found):
+                    yield from ((f"{module.__name__}.{name}.{n}", getattr(found, n)) for n, _ in methods(found))
+
+
+def modules() -> Iterator[types.ModuleType]:
+    for found in pkgutil.walk_packages(fz.__path__, "fzero."):
+        yield importlib.import_module(found.name)
+
+
+def test_every_public_definition_says_what_it_is() -> None:
+    bare = [name for name, x in definitions() if not inspect.getdoc(x)]  # a method has that of what it overrides
+    assert not bare, "\n".join(bare)

@@ -23,7 +23,8 @@ from fzero.sharding.sharded import Sharded
 class HasMicrobatches(Protocol):
     """An argument whose random draws differ between micro-batches."""
 
-    def for_microbatch(self, index: Tensor) -> Any: ...
+    def for_microbatch(self, index: Tensor) -> Any:
+        """Return the argument as the micro-batch of this index sees it: int32 of shape ()."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Primal:
     key: Tensor | None = None
 
     def as_primal(self) -> Primal:
+        """Return itself: inside another call it is opened again."""
         return self
 
 
@@ -59,7 +60,8 @@ tree.register(
 class HasPrimal(Protocol):
     """A container of parameters that functions can be differentiated by."""
 
-    def as_primal(self) -> Primal: ...
+    def as_primal(self) -> Primal:
+        """Return what a function is differentiated by."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Opened:
         return tree.unflatten(self.treedef, self.nodes)
 
     def leaves(self) -> list[Any]:
+        """Return the full leaves of all arguments, gathered where they are cut, in the order of `nodes`."""
         return [leaf for node in self.nodes for leaf in (gathered(node) if isinstance(node, Primal) else [node])]
 
     def close(self, leaves: Sequence[Any]) -> tuple[Any, ...]:

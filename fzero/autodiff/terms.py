@@ -27,10 +27,12 @@ class GradientNode:
 
     @property
     def kinds(self) -> list[Kind]:
+        """How each of its terms is collected: pieces are summed, the factor of the last round stays."""
         sums: list[Kind] = ["sum" for dtype in self.dtypes if dtype is not None]
         return [*sums, "same"]
 
     def finish(self, totals: Iterator[Tensor], n: int) -> Sharded:
+        """Return the mean gradient of `n` micro-batches: the factor is divided, no piece is touched."""
         pieces = tuple(None if dtype is None else next(totals).to(dtype) for dtype in self.dtypes)
         return Sharded(pieces, self.placement, next(totals) / n)
 
@@ -44,9 +46,11 @@ class TensorNode:
 
     @property
     def kinds(self) -> list[Kind]:
+        """How its one term is collected."""
         return [self.kind]
 
     def finish(self, totals: Iterator[Tensor], n: int) -> Tensor:
+        """Return the mean of `n` micro-batches where it was summed, in its own dtype; else what was collected."""
         total = next(totals)
         is_mean = self.kind == "sum" and (self.dtype.is_floating_point or self.dtype.is_complex)
         return (total / n).to(self.dtype) if is_mean else total
@@ -62,9 +66,11 @@ class Recipe:
 
     @property
     def kinds(self) -> list[Kind]:
+        """How each term is collected, in order."""
         return [k for node in self.nodes if isinstance(node, GradientNode | TensorNode) for k in node.kinds]
 
     def finish(self, totals: Sequence[Tensor], n: int) -> Any:
+        """Return a result like that of one micro-batch, from the totals over `n`."""
         rest = iter(totals)
         nodes = [x.finish(rest, n) if isinstance(x, GradientNode | TensorNode) else x for x in self.nodes]
         value, aux, gradients = tree.unflatten(self.treedef, nodes)

@@ -187,6 +187,7 @@ class ValueAndGrad:
 
     @property
     def differentiated(self) -> tuple[int, ...]:
+        """The positions of the arguments that are differentiated."""
         return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
 
     @collective("fz.value_and_grad", lambda self, *args, **kwargs: _held((*args, kwargs), self.differentiated))

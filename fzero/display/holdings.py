@@ -50,6 +50,7 @@ class Segment:
         return index / count, (index + 1) / count
 
     def text(self) -> str:
+        """Return what it is: `12 leaves cut over data`, `1 leaf whole`."""
         many = f"{self.leaves:,} {'leaf' if self.leaves == 1 else 'leaves'}"
         return f"{many} cut over {', '.join(self.axes)}" if self.axes else f"{many} whole"
 

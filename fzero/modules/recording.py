@@ -52,6 +52,7 @@ class Recorder(TorchDispatchMode):
         return t.is_meta and t.layout is torch.strided and t.untyped_storage() in self.devices
 
     def source(self, t: Tensor) -> View | Constant:
+        """Return where a tensor's values come from: a place in a recorded storage, or the real tensor that it is."""
         if self.holds(t):
             return View.at(t)
         constant = Constant(t.detach())

@@ -39,6 +39,11 @@ class View:
 
     @staticmethod
     def at(t: Tensor) -> View:
+        """Return where a recorded tensor lies now.
+
+        Raises:
+            TraceError: it is a conjugated or negated view, which its place in memory does not show.
+        """
         if t.is_conj() or t.is_neg():
             raise TraceError(
                 "deferred: a conjugated or negated view cannot be recorded. Write .resolve_conj() or "
@@ -89,11 +94,13 @@ class Op:
 
     @cached_property
     def read(self) -> set[torch.UntypedStorage]:
+        """The storages whose values the operation needs."""
         arguments = (self.args[1:] if self.overwrites else self.args, self.kwargs)
         return {x.storage for x in leaves_of(arguments) if isinstance(x, View)}
 
     @cached_property
     def written(self) -> set[torch.UntypedStorage]:
+        """The storages that have other values after it."""
         return {view.storage for view in (*self.writes, *self.results) if view is not None}
 
 

@@ -40,6 +40,7 @@ class Shortcuts:
 
     @staticmethod
     def of(module: nn.Module) -> Shortcuts:
+        """Return which of them torch has for the parts of a module."""
         kinds = {type(m) for m in module.modules()}
         attention = any(issubclass(kind, nn.MultiheadAttention | nn.TransformerEncoderLayer) for kind in kinds)
         return Shortcuts(attention, any(issubclass(kind, nn.LSTM) for kind in kinds))

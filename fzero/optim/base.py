@@ -338,6 +338,7 @@ class ByPath:
 
     @staticmethod
     def of(tree_: Any, what: str) -> ByPath:
+        """Return a tree as such a function; `what` it is stands in messages."""
         return ByPath(what, tuple(zip(tree.paths(tree_), tree.leaves(tree_), strict=True)))
 
     def __call__(self, path: str) -> Any:

@@ -22,10 +22,12 @@ class GradientTransform(ABC):
     """A pure `(init, update)` pair on gradients."""
 
     def init(self, params: Sharded) -> Any:
+        """Return what it keeps for gradients of these parameters: nothing, unless a subclass does."""
         return ()
 
     @abstractmethod
-    def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]: ...
+    def update(self, grads: Sharded, state: Any, params: Sharded) -> tuple[Sharded, Any]:
+        """Return `(gradients, state)`: changed gradients, and what it keeps for the next step."""
 
 
 class NormTransform(GradientTransform):

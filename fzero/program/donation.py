@@ -52,7 +52,8 @@ class HasPaths(Protocol):
     donated: frozenset[int]
 
     @property
-    def paths(self) -> list[str]: ...
+    def paths(self) -> list[str]:
+        """The path of each tensor in the arguments, such as `0.params.w`."""
 
 
 def check_distinct(leaves: Sequence[Tensor], arguments: HasPaths, call: str) -> None:

@@ -96,6 +96,7 @@ class Signature:
 
     @property
     def paths(self) -> list[str]:
+        """The path of each tensor in `(args, kwargs)`, such as `0.params.w`."""
         names = tree.structure_paths(self.hollow.treedef)
         return [_short(p) for p, slot in zip(names, self.hollow.slots, strict=True) if slot is tree.PICKED]
 

@@ -56,16 +56,21 @@ class Ranks(Protocol):
     """Where ranks stand: what a collective asks of a mesh."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where this rank keeps its tensors."""
 
     @property
-    def simulated(self) -> bool: ...
+    def simulated(self) -> bool:
+        """Whether the ranks do not exist."""
 
-    def size(self, axes: str | Iterable[str]) -> int: ...
+    def size(self, axes: str | Iterable[str]) -> int:
+        """Return the number of ranks along one axis, or along several together."""
 
-    def index_tensor(self, axes: str | Iterable[str]) -> Tensor: ...
+    def index_tensor(self, axes: str | Iterable[str]) -> Tensor:
+        """Return this rank's coordinate, int32 of shape ()."""
 
-    def group(self, axis: str) -> str: ...
+    def group(self, axis: str) -> str:
+        """Return the name of the process group along an axis."""
 
 
 def all_gather(x: Tensor, mesh: Ranks, axis: str) -> Tensor:

@@ -65,6 +65,7 @@ class Entry:
 
     @property
     def key(self) -> str:
+        """What ranks that agree have in common: the hash, with the failures where there were any."""
         failed = sorted((name, count) for name, count in self.failed.items() if count)
         return self.program if not failed else hashlib.sha256(repr((self.program, failed)).encode()).hexdigest()[:32]
 
@@ -97,6 +98,7 @@ class Waiting:
 
     @property
     def counter(self) -> str:
+        """The key in the store under which ranks are counted: `7/ab3f` in round 7."""
         return f"{self.number}/{self.entry.key}"
 
 
@@ -235,9 +237,11 @@ class World:
         return bool(count < 2 * _TAKEN_BACK and count - _TAKEN_BACK != self.size)
 
     def key_of(self, call: str, count: int, agreed: int | None = None) -> str:
+        """Return the key in the store of the `count`-th error in a call, since the last round that all agreed in."""
         return f"raised/{self.agreed if agreed is None else agreed}/{call}/{count}"
 
     def line_of(self, store: Any, call: str, count: int, agreed: int | None = None) -> str:
+        """Return that error as a line of a message."""
         message = read(store, self.key_of(call, count, agreed))
         return f"  another rank raised in {call}" if message is None else line(message)
 

@@ -55,14 +55,17 @@ class Spec:
     cut: tuple[str, ...] = ()
 
     def block_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """The shape of the block that `P` leaves a rank: (8, 6) split by `P("model")` over 4 ranks is (2, 6)."""
         parts = [1 if axis is None else mesh.size(axis) for axis in self.split]
         parts += [1] * (len(self.shape) - len(parts))
         return tuple(size // n for size, n in zip(self.shape, parts, strict=True))
 
     def block_numel(self, mesh: Mesh) -> int:
+        """The elements of a block."""
         return math.prod(self.block_shape(mesh))
 
     def piece_numel(self, mesh: Mesh) -> int:
+        """The elements of a piece, padding included: a block of 10 cut over 4 ranks gives pieces of 3."""
         return math.ceil(self.block_numel(mesh) / mesh.size(self.cut))
 
 

@@ -94,6 +94,7 @@ class Recorder:
         self.lock = threading.Lock()
 
     def warm_up(self, run: Lowered, inputs: list[Tensor]) -> list[Tensor]:
+        """Run a program on the stream of recordings, behind the caller's work, so that kernels are compiled."""
         caller = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
@@ -105,6 +106,7 @@ class Recorder:
         return results
 
     def record(self, run: Lowered, inputs: list[Tensor]) -> tuple[Callable[[], Any], list[Tensor]]:
+        """Record a program. Return how to replay it, and the tensors that each replay writes."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that pins a batch, may go on meanwhile. The outer context gives the caller its
         # stream back also if the inner one fails.
