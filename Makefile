@@ -11,7 +11,7 @@ BENCH := $(VENV)/.installed-bench
 # Another torch brings a Triton of its own.
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: help install demo demo-vision test test-all lint format notebooks bench bench-gpu bench-programs bench-precision bench-composition clean
+.PHONY: help install demo demo-vision test test-all lint format notebooks bench gpu bench-programs bench-precision bench-composition clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,10 +59,8 @@ format: $(INSTALLED)  ## let ruff fix and format
 bench: $(BENCH)  ## time and memory of a step on this machine's CPU, beside DDP, FSDP2 and DeepSpeed
 	$(RUN) benchmarks/step.py
 
-bench-gpu: $(INSTALLED)  ## the same on CUDA; then update kernels against a copy, and the published model beside DeepSpeed
-	$(RUN) benchmarks/step.py --device cuda
-	$(RUN) benchmarks/kernels.py --device cuda
-	$(RUN) benchmarks/published_gpu.py
+gpu: $(INSTALLED)  ## all there is to see on one GPU, in under nine minutes; DEVICE=cpu rehearses it
+	$(RUN) benchmarks/gpu.py --device $(or $(DEVICE),cuda)
 
 bench-programs: $(INSTALLED)  ## what programs tell without running: peaks, traffic, tracing time, large worlds
 	$(RUN) benchmarks/programs.py

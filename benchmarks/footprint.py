@@ -23,25 +23,28 @@ def footprint(make: Callable[[], Candidate], rows: Tensor) -> tuple[int, int]:
     """Return the bytes that a candidate holds between steps, and the most that live at once in a step.
 
     All that was allocated since before the candidate was made counts: parameters, moments, buckets, constants of
-    programs. On CUDA its allocator tells. On a CPU the first is the memory of all tensors there are in Python, and the
-    second adds what torch's profiler records within a step.
+    programs. On CUDA its allocator tells: between steps what it holds when it has given back all it can, which is also
+    what recordings of a step hold on to; within one the most that was allocated at once, while it was recorded
+    included. On a CPU the first is the memory of all tensors there are in Python, and the second adds what torch's
+    profiler records within a step.
     """
     gc.collect()
     return on_cuda(make, rows) if rows.is_cuda else on_cpu(make, rows)
 
 
 def on_cuda(make: Callable[[], Candidate], rows: Tensor) -> tuple[int, int]:
-    before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    reserved, before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     candidate = make()
+    candidate.step(rows)  # compiles, and tries out what it compiles
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS_BEFORE):
         candidate.step(rows)
-    gc.collect()
-    torch.cuda.synchronize()
-    at_rest = torch.cuda.memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    candidate.step(rows)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    at_rest = torch.cuda.memory_reserved() - reserved
     candidate.close()
     return at_rest, peak
 

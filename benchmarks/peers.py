@@ -20,9 +20,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import GPT, Block, Config
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +34,7 @@ RATE, BETAS, EPSILON, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 # Name of each system that fzero is compared with, and of its candidates.
 PEERS = {
-    "DDP": ("DDP",),
+    "DDP": ("DDP", "DDP, recorded"),
     "FSDP2": ("FSDP2", "FSDP2, kept"),
     "DeepSpeed": ("DeepSpeed ZeRO-3", "DeepSpeed ZeRO-3, kept"),
 }
@@ -50,7 +52,11 @@ def candidates(config: Config, mesh: fz.Mesh) -> dict[str, Callable[[], Candidat
     """Return what makes each candidate; "kept" are those that keep gathered parameters from forward to backward."""
     every: dict[str, Callable[[], Candidate]] = {"DDP": partial(ddp, config, mesh)}
     if mesh.size("data") == 1:
-        lowerings = ("graph", "cudagraph", "inductor") if mesh.device.type == "cuda" else ("graph",)
+        on_cuda = mesh.device.type == "cuda"
+        if on_cuda:
+            every["DDP, recorded"] = partial(ddp, config, mesh, mode="reduce-overhead")
+        every["FSDP2"] = partial(fsdp2, config, mesh, keep=False)
+        lowerings = ("graph", "cudagraph", "inductor") if on_cuda else ("graph",)
         return every | {f"fzero, {lower}": partial(fzero, config, mesh, 0, lower=lower) for lower in lowerings}
     every["FSDP2"] = partial(fsdp2, config, mesh, keep=False)
     every["FSDP2, kept"] = partial(fsdp2, config, mesh, keep=True)
@@ -89,14 +95,15 @@ def fzero(config: Config, mesh: fz.Mesh, stage: int, **options: Any) -> Candidat
     return Candidate(step)
 
 
-def ddp(config: Config, mesh: fz.Mesh) -> Candidate:
+def ddp(config: Config, mesh: fz.Mesh, mode: str | None = None) -> Candidate:
+    """Train as PyTorch does, on one rank without DDP. On CUDA it is compiled; `mode` is for `torch.compile`."""
     model = fresh(config, mesh)
     several, on_cpu = mesh.size("data") > 1, mesh.device.type == "cpu"
     wrapped: Any = model
     if several:
         # torch.compile splits the graph at DDP's buckets, and does so only for a graph that is not called static.
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=on_cpu)
-    forward = wrapped if on_cpu else torch.compile(wrapped)
+    forward = wrapped if on_cpu else torch.compile(wrapped, mode=mode)
     optimizer = adamw(model)
     loss_of = loss_function(mesh)
 
@@ -113,13 +120,13 @@ def ddp(config: Config, mesh: fz.Mesh) -> Candidate:
 def fsdp2(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
     """Shard each block and the root. The fused AdamW takes DTensors on a CPU too."""
     model = fresh(config, mesh)
-    assert mesh.processes is not None, "FSDP2 is a candidate on several ranks only"
+    processes = mesh.processes or alone(mesh.device)
     for block in model.blocks:
         if mesh.device.type == "cuda":
             block.compile()
-        fully_shard(block, mesh=mesh.processes, reshard_after_forward=not keep)
+        fully_shard(block, mesh=processes, reshard_after_forward=not keep)
     # None lets FSDP2 choose: it keeps the root's own parameters, which the backward needs first.
-    fully_shard(model, mesh=mesh.processes, reshard_after_forward=False if keep else None)
+    fully_shard(model, mesh=processes, reshard_after_forward=False if keep else None)
     optimizer = adamw(model)
     loss_of = loss_function(mesh)
 
@@ -131,6 +138,14 @@ def fsdp2(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
         return loss.detach()
 
     return Candidate(step)
+
+
+def alone(device: torch.device) -> DeviceMesh:
+    """Return a mesh of this process alone, which FSDP2 wants even where it has nothing to shard."""
+    if not dist.is_initialized():
+        store: Any = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
 
 
 def deepspeed_zero3(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
