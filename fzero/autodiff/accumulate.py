@@ -244,7 +244,7 @@ def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:
             so_far.meta = {"val": torch.empty_like(term.meta["val"], memory_format=torch.contiguous_format)}
             with graph.inserting_before(output):
                 total = graph.call_function(torch.ops.aten.add.Tensor, (so_far, term))
-            # The marks of what is added tell where it belongs.
+            # A sum is marked as what is added to it: of a gradient of leaf `w`, as that.
             total.meta = {"val": torch.empty_like(so_far.meta["val"])}
             set_marks(total, marks_of(term))
             added.append(total)

@@ -140,7 +140,7 @@ class Opened:
         Yields the mode that sums wide, which afterwards says whether the pullback has to run under one too.
         """
         with contextlib.ExitStack() as stack:
-            # Those that are differentiated come first: their key is the one to draw from.
+            # Of several states one gives the key that the function draws from: the first that is differentiated.
             order = sorted(range(len(self.nodes)), key=lambda i: not self.wanted[i])
             primals = [self.nodes[i] for i in order if isinstance(self.nodes[i], Primal)]
             policies = {p.params.policy: p.params.mesh for p in primals if p.params.policy is not None}

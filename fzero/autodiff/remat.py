@@ -90,10 +90,10 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        # A pullback runs after its transform has ended, and torch can use a tensor that one such transform
-        # wraps, not one wrapped twice: that comes of a nested recomputation, and of a second derivative.
+        # A pullback runs after its transform has ended. Torch can still use a tensor that one ended transform wraps. In
+        # a recomputation within another, and in a second derivative, two wrap it: so one wrapper is taken off here.
         tensors = [unwrap_if_dead(tensor) for tensor in ctx.saved_tensors]
-        # The first of `needs_input_grad` is of `run`. What is frozen, and what nothing upstream needs, costs nothing.
+        # The first of `needs_input_grad` is that of `run`. Frozen tensors, and inputs without a gradient, are left out.
         where = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed and is_float(tensors[i])]
 
         def on_floats(*floats: Tensor) -> tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ def _sources(nodes: list[fx.Node]) -> list[fx.Node] | None:
         if node in found:
             order.append(node)
         elif not memory.isdisjoint(_memory(target) for target in _written(node)):
-            return None  # such as zeros(3), of which an element was then set to an input's
+            return None  # such as x = zeros(3); x[0] = batch.sum()
     return order
 
 

@@ -35,8 +35,8 @@ class _Unchecked(TorchDispatchMode):
 
 
 def _one_hot(original: _Form, tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """Inside a transform torch looks whether all classes are below the number given."""
-    if num_classes < 0:  # the largest class of all decides the shape
+    """Torch looks whether all classes are below `num_classes`. Compared with 0, 1, 2, … they need no look."""
+    if num_classes < 0:  # the shape depends on the largest class: refused
         return original(tensor, num_classes)
     classes = torch.arange(num_classes, dtype=tensor.dtype, device=tensor.device)
     return (tensor.unsqueeze(-1) == classes).to(torch.int64)
@@ -48,7 +48,7 @@ def _unchecked(original: _Form, *args: Any, **kwargs: Any) -> Any:
 
 
 def _narrow(original: _Form, input: Tensor, dim: int, start: int | Tensor, length: int) -> Tensor:
-    """From a start that is a tensor, look the elements up."""
+    """Torch reads a start that is a tensor as a number. Here the elements from it on are looked up by their indices."""
     if not isinstance(start, Tensor):
         return original(input, dim, start, length)
     first = torch.where(start < 0, start + input.shape[dim], start)
@@ -57,7 +57,7 @@ def _narrow(original: _Form, input: Tensor, dim: int, start: int | Tensor, lengt
 
 _FORMS: dict[Any, _Form] = {
     F.one_hot: _one_hot,
-    F.gaussian_nll_loss: _unchecked,  # of a negative variance
+    F.gaussian_nll_loss: _unchecked,  # it looks for negative variances
     torch.narrow: _narrow,
     Tensor.narrow: _narrow,
 }

@@ -31,7 +31,7 @@ _POISSON_STEPS = 24
 
 
 def fine(keys: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return `n` draws, uniform in (0, 1), of two words each: 48 bits in float64, as fine near 0 in float32."""
+    """Return `n` draws, uniform in (0, 1), of two words each: in steps of 2^-48, where those of `uniform` are 2^-24."""
     word = bits(keys, 0, n)
     units = [((w >> 8) & 0xFFFFFF).to(dtype) * 2.0**-24 for w in (word, mix(word, keys[1], keys[0]))]
     result = units[0] + (units[1] + 2.0**-25) * 2.0**-24
@@ -70,7 +70,7 @@ def _randint(keys: Tensor, a: Named) -> Tensor:
 
 
 def _whole(a: Named) -> torch.dtype:
-    """Return the dtype asked for. What a schema has for the default is a number."""
+    """Return the dtype asked for, or int64: a schema gives the default as a number, which is no `torch.dtype`."""
     dtype = a["dtype"]
     return dtype if isinstance(dtype, torch.dtype) else torch.int64
 
@@ -129,7 +129,7 @@ def _uniform(keys: Tensor, a: Named) -> Tensor:
 
 
 def _exponential(keys: Tensor, a: Named) -> Tensor:
-    unit = _flat(a["self"], lambda n: uniform(keys, 0, n)).clamp(min=2.0**-25)  # of 0 a Gumbel would be infinite
+    unit = _flat(a["self"], lambda n: uniform(keys, 0, n)).clamp(min=2.0**-25)  # not 0: Gumbel draws are −log of these
     return -torch.log1p(-unit) / a["lambd"]
 
 
@@ -361,7 +361,8 @@ def truncated_normal_(
 ) -> Tensor:
     """Fill `x` as `torch.nn.init.trunc_normal_` does, which draws again until all values are within the bounds.
 
-    One draw serves here: the inverse of the distribution function, of the half of it where its values are small.
+    One draw serves here, by the inverse of the distribution function. An interval above the mean is mirrored to below
+    it, where the function is small and float64 tells its values apart.
     """
     low, high, sign = (a - mean) / std, (b - mean) / std, 1.0
     if low + high > 0.0:
@@ -369,6 +370,6 @@ def truncated_normal_(
     below, within = 0.5 * math.erfc(-low / math.sqrt(2.0)), 0.5 * (math.erfc(-high / math.sqrt(2.0)))
     with torch.no_grad():
         unit = torch.empty_like(x, dtype=torch.float64).uniform_(generator=generator)
-        # Midpoints of the steps of a draw: the ends of the distribution may be infinite.
+        # Draws are multiples of 2^-24, from 0 on. In the middle of a step none is 0, where the inverse may be infinite.
         values = torch.special.ndtri(below + (unit + 2.0**-25) * (within - below)) * (sign * std) + mean
         return x.copy_(values.clamp(min=a, max=b))

@@ -60,7 +60,7 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Above:
-    """The scope around that of a state: what its key is folded with, once something is drawn."""
+    """The `keyed` around a state's own scope: from the first draw on, the state's key is folded with that one's."""
 
     scope: drawing_from
     key: Tensor
@@ -89,7 +89,7 @@ class drawing_from(Summing):  # noqa: N801 - used as a context manager, `with dr
         self.key = unwrapped(key.to(torch.int32))  # the mode runs below torch.func, where wrappers have no storage
         self.count = count
         self.used = 0
-        self.is_default = is_default  # a state's own key, that nobody gave
+        self.is_default = is_default  # the key of a state, not one that was given to `keyed`
         self._above = above
         self._pending = is_default and above is not None
         self._replaced = contextlib.ExitStack()
@@ -109,14 +109,14 @@ class drawing_from(Summing):  # noqa: N801 - used as a context manager, `with dr
         return copy
 
     def above_state(self) -> _Above | None:
-        """Return what the key of a state that is opened here is folded with: each has another, in a scope of a key."""
+        """Return what the key of a state that is opened here is folded with. Each state that is opened gets another."""
         if self.is_default:
             return self._above
         self.count += 1
         return _Above(self, self.key, self.count - 1)
 
     def of_microbatches(self) -> tuple[list[Tensor], Callable[[Tensor, Sequence[Tensor]], drawing_from]]:
-        """Return tensors, and a function of an index and these that gives the scope of a micro-batch.
+        """Return key tensors, and a function `(index, keys)` that gives the scope of a micro-batch.
 
         The draws of each are its own, whether the micro-batches run one after another or as one traced body.
         """

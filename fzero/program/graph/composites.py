@@ -42,7 +42,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    """`torch.nn.functional.pad` by constants; by less than nothing it cuts."""
+    """`torch.nn.functional.pad` by constants. Negative numbers cut elements off."""
     if mode != "constant":
         return NotImplemented
     padded = x

@@ -15,7 +15,7 @@ from fzero.program.graph.trace import Trace
 
 def inline(trace: Trace, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Run a trace, before any pass, on the tensors of an outer trace, which records its operations with their marks."""
-    # The marks of the nodes say which line of the user's code they come from, not the one that calls this.
+    # Each operation keeps the line of the user's code that its node is marked with, and does not get that of this call.
     with function_modes_off():
         results: list[Tensor] = _Inliner(trace.module).run(*inputs)
     return results

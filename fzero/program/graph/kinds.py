@@ -114,7 +114,7 @@ def kinds_of(trace: Trace, values: Values) -> list[str]:
 
 
 def _name_results(trace: Trace, values: Values, kinds: list[str], late: set[fx.Node]) -> None:
-    """Give the memory of a new state, where it is not that of the old one, the kinds that the old one has."""
+    """Call a new state's parameters and moments so, where they lie in memory of their own: what was not donated."""
     if trace.output is None:
         return
     nodes = results(trace.module)

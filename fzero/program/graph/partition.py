@@ -121,13 +121,14 @@ def partition(joint: Trace, by_reference: Collection[int]) -> Halves:
             return node.all_input_nodes if node in remade else []
         return [*node.all_input_nodes, *(writer for writer in writers[node] if writer not in early)]
 
-    # A result may be written after the node that stands for it, through a view: that write has no reader.
+    # A gradient may be overwritten in part after its node: y = g * 2; y[0].zero_(). Nobody reads what `zero_` returns:
+    # such writers are found by the memory that they write.
     late_writers = [n for n in _writers_to(values, gradient_nodes) if n not in early]
     backward = _closure([*gradient_nodes, *late_writers], before_in_backward)
     references = [i for i, node in enumerate(inputs) if node in backward and i in by_reference]
     taken = {inputs[i] for i in references}
     saved = [n for n in graph.nodes if n in backward and n not in taken and _is_saved(n, early, remade)]
-    # What the forward writes into memory that the backward reads has no result that anybody reads.
+    # Likewise what writes, in the forward, to memory that is returned or that the backward reads: it belongs to it.
     written = [writer for node in backward for writer in writers[node]] + _writers_to(
         values, [*wanted, *gradient_nodes]
     )

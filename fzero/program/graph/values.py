@@ -81,7 +81,7 @@ class Values:
         return {n for n in self.holds if written and not written.isdisjoint((*self.holds[n], *self.reads[n]))}
 
     def unrepeatable(self) -> set[fx.Node]:
-        """Return the nodes that overwrite memory, or have to do with memory that is overwritten after them."""
+        """Return the nodes that may not run again later: they write memory, or use what is overwritten by then."""
         written: set[int] = set()
         found: set[fx.Node] = set()
         for node in reversed(self.holds):

@@ -27,8 +27,10 @@ from fzero.sharding.placement import Placement
 
 logger = logging.getLogger(__name__)
 
-# Changes that a report lists, characters of a value in it, and traces for new numbers until it says what to do.
-_LISTED, _WIDTH, _PATIENCE = 8, 80, 3
+# How many changes a report lists, and how many characters of a value.
+_LISTED, _WIDTH = 8, 80
+# The third trace for a new value of one number says how to have one program for all values: pass a tensor.
+_PATIENCE = 3
 
 
 class Kept:
