@@ -1,10 +1,10 @@
 """The candidates of `step.py`: how fzero, DDP, FSDP2 and DeepSpeed ZeRO-3 train the same GPT.
 
-Every candidate starts from the same weights, stores parameters, gradients and moments in bfloat16, clips nothing and
+Every candidate starts from the same weights, stores parameters, gradients and moments in one dtype, clips nothing and
 has AdamW with the same constants. A peer's options are the fastest of those tried on two gloo ranks with a core each;
 fzero's are its defaults.
 
-    candidates(config, mesh)["FSDP2"]()  →  Candidate  →  .step(rows)  →  the loss before the update
+    candidates(config, mesh, dtype)["FSDP2"]()  →  Candidate  →  .step(rows)  →  the loss before the update
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ import fzero as fz
 
 RATE, BETAS, EPSILON, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
+# DeepSpeed's mode without fp32 masters.
+LOW = {
+    "bf16": {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+        "check_grad_overflow": False,
+    },
+    "communication_data_type": "bf16",
+}
+
 # Name of each system that fzero is compared with, and of its candidates.
 PEERS = {
     "DDP": ("DDP", "DDP, recorded"),
@@ -48,24 +59,24 @@ class Candidate:
     close: Callable[[], None] = lambda: None
 
 
-def candidates(config: Config, mesh: fz.Mesh) -> dict[str, Callable[[], Candidate]]:
+def candidates(config: Config, mesh: fz.Mesh, dtype: torch.dtype) -> dict[str, Callable[[], Candidate]]:
     """Return what makes each candidate; "kept" are those that keep gathered parameters from forward to backward."""
-    every: dict[str, Callable[[], Candidate]] = {"DDP": partial(ddp, config, mesh)}
+    every: dict[str, Callable[[], Candidate]] = {"DDP": partial(ddp, config, mesh, dtype)}
     if mesh.size("data") == 1:
         on_cuda = mesh.device.type == "cuda"
         if on_cuda:
-            every["DDP, recorded"] = partial(ddp, config, mesh, mode="reduce-overhead")
-        every["FSDP2"] = partial(fsdp2, config, mesh, keep=False)
+            every["DDP, recorded"] = partial(ddp, config, mesh, dtype, mode="reduce-overhead")
+        every["FSDP2"] = partial(fsdp2, config, mesh, dtype, keep=False)
         lowerings = ("graph", "cudagraph", "inductor") if on_cuda else ("graph",)
-        return every | {f"fzero, {lower}": partial(fzero, config, mesh, 0, lower=lower) for lower in lowerings}
-    every["FSDP2"] = partial(fsdp2, config, mesh, keep=False)
-    every["FSDP2, kept"] = partial(fsdp2, config, mesh, keep=True)
+        return every | {f"fzero, {lower}": partial(fzero, config, mesh, dtype, 0, lower=lower) for lower in lowerings}
+    every["FSDP2"] = partial(fsdp2, config, mesh, dtype, keep=False)
+    every["FSDP2, kept"] = partial(fsdp2, config, mesh, dtype, keep=True)
     if not missing_deepspeed(mesh):
-        every["DeepSpeed ZeRO-3"] = partial(deepspeed_zero3, config, mesh, keep=False)
-        every["DeepSpeed ZeRO-3, kept"] = partial(deepspeed_zero3, config, mesh, keep=True)
+        every["DeepSpeed ZeRO-3"] = partial(deepspeed_zero3, config, mesh, dtype, keep=False)
+        every["DeepSpeed ZeRO-3, kept"] = partial(deepspeed_zero3, config, mesh, dtype, keep=True)
     for stage in (0, 1, 3):
-        every[f"fzero ZeRO-{stage}"] = partial(fzero, config, mesh, stage)
-    every["fzero ZeRO-3, kept"] = partial(fzero, config, mesh, 3, keep_gathered=math.inf)
+        every[f"fzero ZeRO-{stage}"] = partial(fzero, config, mesh, dtype, stage)
+    every["fzero ZeRO-3, kept"] = partial(fzero, config, mesh, dtype, 3, keep_gathered=math.inf)
     return every
 
 
@@ -80,10 +91,10 @@ def missing_deepspeed(mesh: fz.Mesh) -> str:
     return ""
 
 
-def fzero(config: Config, mesh: fz.Mesh, stage: int, **options: Any) -> Candidate:
-    apply, params = fz.functional(fresh(config, mesh))
+def fzero(config: Config, mesh: fz.Mesh, dtype: torch.dtype, stage: int, **options: Any) -> Candidate:
+    apply, params = fz.functional(fresh(config, mesh, dtype))
     optimizer = fz.adamw(RATE, *BETAS, EPSILON, DECAY)
-    state = fz.init(params, optimizer, mesh, fz.zero(stage), policy="bf16")
+    state = fz.init(params, optimizer, mesh, fz.zero(stage), policy="bf16" if dtype == torch.bfloat16 else "fp32")
     train = fz.train_step(lambda params, rows: cross_entropy(apply(params, rows[:, :-1]), rows), **options)
     del params
 
@@ -95,9 +106,9 @@ def fzero(config: Config, mesh: fz.Mesh, stage: int, **options: Any) -> Candidat
     return Candidate(step)
 
 
-def ddp(config: Config, mesh: fz.Mesh, mode: str | None = None) -> Candidate:
+def ddp(config: Config, mesh: fz.Mesh, dtype: torch.dtype, mode: str | None = None) -> Candidate:
     """Train as PyTorch does, on one rank without DDP. On CUDA it is compiled; `mode` is for `torch.compile`."""
-    model = fresh(config, mesh)
+    model = fresh(config, mesh, dtype)
     several, on_cpu = mesh.size("data") > 1, mesh.device.type == "cpu"
     wrapped: Any = model
     if several:
@@ -117,9 +128,9 @@ def ddp(config: Config, mesh: fz.Mesh, mode: str | None = None) -> Candidate:
     return Candidate(step)
 
 
-def fsdp2(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
+def fsdp2(config: Config, mesh: fz.Mesh, dtype: torch.dtype, *, keep: bool) -> Candidate:
     """Shard each block and the root. The fused AdamW takes DTensors on a CPU too."""
-    model = fresh(config, mesh)
+    model = fresh(config, mesh, dtype)
     processes = mesh.processes or alone(mesh.device)
     for block in model.blocks:
         if mesh.device.type == "cuda":
@@ -148,8 +159,8 @@ def alone(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (1,))
 
 
-def deepspeed_zero3(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
-    """Train with DeepSpeed's ZeRO-3 and its bf16 mode without fp32 masters, on its CPU accelerator and gloo.
+def deepspeed_zero3(config: Config, mesh: fz.Mesh, dtype: torch.dtype, *, keep: bool) -> Candidate:
+    """Train with DeepSpeed's ZeRO-3, in bfloat16 by its mode without fp32 masters, on its CPU accelerator and gloo.
 
     What was chosen, by core-seconds of a step of `medium` at 2 × 128, where two equal settings came out 1 % apart:
 
@@ -173,7 +184,7 @@ def deepspeed_zero3(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that newer versions of torch deprecate, thousands of times.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    model = fresh(config, mesh)
+    model = fresh(config, mesh, dtype)
     set_z3_leaf_modules(model, [Block])
     if not keep:
         save_no_weights(model)
@@ -201,13 +212,7 @@ def deepspeed_zero3(config: Config, mesh: fz.Mesh, *, keep: bool) -> Candidate:
                 "type": "AdamW",
                 "params": {"lr": RATE, "betas": list(BETAS), "eps": EPSILON, "weight_decay": DECAY},
             },
-            "bf16": {
-                "enabled": True,
-                "bf16_master_weights_and_grads": True,
-                "bf16_optimizer_states": True,
-                "check_grad_overflow": False,
-            },
-            "communication_data_type": "bf16",
+            **(LOW if dtype == torch.bfloat16 else {}),
             "zero_optimization": zero,
             "steps_per_print": 10**9,
         },
@@ -240,11 +245,11 @@ def save_no_weights(model: nn.Module) -> None:
             layer.__class__ = Linear
 
 
-def fresh(config: Config, mesh: fz.Mesh) -> GPT:
+def fresh(config: Config, mesh: fz.Mesh, dtype: torch.dtype) -> GPT:
     """Return the model that every candidate starts from, equal on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return GPT(config).to(mesh.device, torch.bfloat16)
+        return GPT(config).to(mesh.device, dtype)
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:

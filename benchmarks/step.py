@@ -4,7 +4,8 @@
     python benchmarks/step.py --device cuda                                      # one rank on a GPU
     torchrun --nproc-per-node 8 benchmarks/step.py --device cuda                 # several, over nccl
 
-Same model from the same weights, same batches, everything stored and computed in bfloat16 on all sides, no clipping;
+Same model from the same weights, same batches, everything stored and computed in one dtype on all sides, no clipping:
+bfloat16, and on a CPU float32 too; on one that has no instructions for bfloat16 float32 alone, unless `--dtypes` says;
 `peers.py` says how each trains. The candidates live in the same processes and take turns, one step at a time; the order
 turns too. fzero rounds its updates stochastically, the others round to nearest; fzero averages the loss over ranks in
 every step, the others do not. Every candidate has to show that it trains: its first loss and the one after the warm-up
@@ -14,6 +15,7 @@ are DDP's, and at the end its loss has fallen. Memory is measured in runs apart 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fzero as fz
+from fzero.precision.products import are_fast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -125,7 +128,6 @@ def measure(args: argparse.Namespace) -> None:
             "ranks": ranks,
             "threads_a_rank": torch.get_num_threads(),
             "repeats": args.repeats,
-            "dtype": "bfloat16",
             "batches": {},
         },
         "models": {},
@@ -134,9 +136,9 @@ def measure(args: argparse.Namespace) -> None:
         config = PRESETS[preset]
         with torch.device("meta"):
             parameters = sum(x.numel() for x in GPT(config).parameters())
-        for count, tokens in args.batches:
-            key = f"{preset}, {count} × {tokens}"
-            makers = chosen(candidates(config, mesh), args.candidates)
+        for dtype, (count, tokens) in itertools.product(args.dtypes or usual(mesh.device), args.batches):
+            key = f"{preset}, {count} × {tokens}, {dtype}"
+            makers = chosen(candidates(config, mesh, getattr(torch, dtype)), args.candidates)
             rows = torch.randint(config.vocabulary, (count, tokens + 1), generator=draws).to(mesh.device)
             results = timed(makers, mesh, rows, args.repeats)
             for name, make in makers.items():
@@ -150,6 +152,13 @@ def measure(args: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         print(f"\nWritten to {path}.")
+
+
+def usual(device: torch.device) -> list[str]:
+    """Return the dtypes that it makes sense to train in on a device."""
+    if not are_fast(torch.bfloat16, device):
+        return ["float32"]
+    return ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
 
 
 def chosen(makers: dict[str, Callable[[], Candidate]], names: list[str] | None) -> dict[str, Callable[[], Candidate]]:
@@ -176,6 +185,7 @@ def arguments() -> argparse.Namespace:
         default=[(2, 128), (4, 256)],
         help="rows of a step and rank, x, tokens of a row",
     )
+    parser.add_argument("--dtypes", choices=("float32", "bfloat16"), nargs="+", help="default: as the device has it")
     parser.add_argument("--candidates", nargs="+", help="names as in the table; default: all")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--ranks", type=int, default=2, help="processes to start on a CPU without a launcher")
