@@ -67,12 +67,12 @@ def attention(
     """Return `softmax(q kᵀ · scale) v`, differentiable under `fz.vjp`, and the same under `fz.jit`.
 
     Args:
-        q: queries, `(..., heads, length, width)`.
-        k: keys, `(..., heads, length of keys, width)`. Queries may have a multiple of their heads.
+        q: queries, floating-point, `(..., heads, length, width)`.
+        k: keys of the same dtype, `(..., heads, length of keys, width)`. Queries may have a multiple of their heads.
         v: values, likewise.
         causal: each position sees itself and those before it.
-        mask: added to the scores, or true where a score counts; broadcast to `(..., heads, length, length of keys)`.
-            One of numbers is cast to the dtype of `q`.
+        mask: bool, true where a score counts; or numbers, cast to the dtype of `q`, that are added to the scores.
+            Broadcast to `(..., heads, length, length of keys)`.
         scale: default: one over the square root of the width.
         dropout: the probability of dropping a weight, drawn from the state's key like other draws.
         kernel: default: torch's fastest that has the derivatives asked for. `"math"`: the formula, with
