@@ -33,9 +33,9 @@ def leaf(make: Callable[[], Tensor], seed: int = 0) -> Tensor:
         return module
 
     model = deferred(factory, seed)
-    assert model.module.get_parameter("w").is_meta
-    t = model.materialize("w")
-    assert (t.shape, t.dtype) == (model.shapes["w"], model.dtypes["w"])
+    abstract, t = model.module.get_parameter("w"), model.materialize("w")
+    assert abstract.is_meta
+    assert (t.shape, t.dtype) == (abstract.shape, abstract.dtype)
     return t
 
 

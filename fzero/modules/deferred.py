@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from optree import tree_leaves
 from torch import Tensor, nn
 
 from fzero.modules.recording import Recorder, draw_seed, on_meta, recording
-from fzero.modules.replay import Constant, View, leaves_of
+from fzero.modules.replay import Constant, View
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,10 @@ class Deferred:
         module: the model. Its parameters lie on the meta device; its buffers are real.
         paths: the names of the parameters, then of the buffers, as `state_dict` spells them. A tied
             parameter stands there once, under its first name.
-        shapes: path -> shape.
-        dtypes: path -> dtype.
     """
 
     module: nn.Module
     paths: tuple[str, ...]
-    shapes: Mapping[str, torch.Size]
-    dtypes: Mapping[str, torch.dtype]
     _recorder: Recorder = field(repr=False)
     _sources: Mapping[str, View | Constant] = field(repr=False)
 
@@ -118,8 +115,6 @@ def deferred(factory: Callable[[], nn.Module], seed: int = 0) -> Deferred:
     return Deferred(
         module=without_parameters(module, real),
         paths=tuple(leaves),
-        shapes={path: t.shape for path, t in leaves.items()},
-        dtypes={path: t.dtype for path, t in leaves.items()},
         _recorder=recorder,
         _sources={path: sources[path] for path in leaves},
     )
@@ -157,7 +152,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, submodule in module.named_modules():
         for name, value in vars(submodule).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                for i, leaf in enumerate(leaves_of(value)):
+                for i, leaf in enumerate(tree_leaves(value)):
                     if isinstance(leaf, Tensor) and id(leaf) not in registered:
                         yield f"{prefix}.{name}[{i}]", leaf
 
