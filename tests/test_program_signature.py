@@ -13,8 +13,7 @@ from fzero.program.signature import Signature, examples_of, simulated_on
 
 
 def signature(*arguments: Any) -> Signature:
-    tensors, _, hollow = fz.tree.split((arguments, {}))
-    return Signature(hollow, tensors, frozenset(), "f")
+    return Signature.of((arguments, {}), "f")[0]
 
 
 X = torch.zeros(2, 3)
@@ -52,6 +51,8 @@ def test_a_simulated_mesh_is_found() -> None:
     state = fz.init({"w": torch.ones(40, 2)}, fz.adamw(1e-2), fz.make_mesh("cpu", data=4, simulate=True))
     assert simulated_on((state, X)) == torch.device("cpu")
     assert simulated_on((X,)) is None
+    assert signature(state, X).simulated_on == torch.device("cpu")
+    assert signature(X).simulated_on is None
     examples = examples_of(fz.tree.leaves(state.params), torch.device("cpu"))
     assert {x.device.type for x in examples} == {"cpu"}
 

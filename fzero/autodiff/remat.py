@@ -22,6 +22,7 @@ from fzero import tree
 from fzero._torch import functorch_level, is_functorch_wrapped, unwrap_if_dead
 from fzero.autodiff.open import is_float
 from fzero.errors import TraceError
+from fzero.precision.autocast import autocast_here, under_autocast
 from fzero.random.keyed import current_draw
 
 
@@ -181,22 +182,15 @@ def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Return a context like the one of now: the random draws that come next, and autocast."""
     draw = current_draw()
     draw = None if draw is None else draw.copy()
-    autocast = [
-        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
-    ]
+    autocast = autocast_here()
     runs = 0
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
         nonlocal runs
         runs += 1
-        with contextlib.ExitStack() as stack:
-            if runs > 1:  # the first run is in that context already
-                for device, dtype, enabled in autocast:
-                    if enabled != torch.is_autocast_enabled(device) or dtype != torch.get_autocast_dtype(device):
-                        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-                if draw is not None:
-                    stack.enter_context(draw.copy())
+        is_first = runs == 1  # that one is in this context already
+        with under_autocast(autocast), contextlib.nullcontext() if is_first or draw is None else draw.copy():
             yield
 
     return again

@@ -97,10 +97,8 @@ class _Split:
             opened = Opened.of(primals, range(len(primals)))
             opened.check_not_donated()
             arguments = opened.arguments()
-        tensors, _, hollow = tree.split((arguments, {}))
+        signature, tensors = Signature.of((arguments, {}), f"fz.split_vjp: {self.name}")
         _check_plain(tensors)
-        signature = Signature(hollow, tensors, frozenset(), f"fz.split_vjp: {self.name}")
-        signature.simulated_on = simulated_on(arguments)
         return signature, tensors
 
     def joint(self, signature: Signature, tensors: Sequence[Tensor] | None = None) -> _Joint:

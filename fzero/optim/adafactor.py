@@ -177,7 +177,7 @@ class _Leaf:
 
     def sum(self, x: Tensor) -> Tensor:
         """Add numbers up over all pieces."""
-        return _summed(x, self.spec.cut + tuple(axis for axis in self.spec.split if axis is not None), self.mesh)
+        return _summed(x, self.spec.axes, self.mesh)
 
     def sum_matrix(self, of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
         """Add sums over rows and over columns up over the pieces that have a part in them."""

@@ -34,7 +34,7 @@ from fzero.random.bits import fold, signed, step_keys
 from fzero.ranks.mesh import Mesh
 from fzero.ranks.peers import collective
 from fzero.sharding.layout import zero
-from fzero.sharding.leaf import Spec, join_block, own_piece
+from fzero.sharding.leaf import first_elements, join_block, own_piece
 from fzero.sharding.parameters import check_updated
 from fzero.sharding.placement import place
 from fzero.sharding.sharded import Sharded, held
@@ -368,19 +368,8 @@ def roundings(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) ->
         return [Rounding(keys, keys[0, :1], stochastic=False)] * len(specs)
     hashes = torch.tensor([signed(zlib.crc32(p.encode())) for p in params.paths], dtype=torch.int32, device=mesh.device)
     keys = fold(step_keys(seed, step), hashes[:, None])
-    offsets = torch.zeros(len(specs), dtype=torch.int32, device=mesh.device)
-    for axes in dict.fromkeys(spec.cut for spec in specs):
-        sizes = [signed(s.piece_numel(mesh)) if s.cut == axes else 0 for s in specs]
-        offsets = offsets + mesh.index_tensor(axes) * torch.tensor(sizes, dtype=torch.int32, device=mesh.device)
-    # The blocks of a leaf split by P have no contiguous indices; they are numbered one after another.
-    for axes in dict.fromkeys(_split_axes(spec) for spec in specs):
-        sizes = [signed(s.block_numel(mesh)) if _split_axes(s) == axes else 0 for s in specs]
-        offsets = offsets + mesh.index_tensor(axes) * torch.tensor(sizes, dtype=torch.int32, device=mesh.device)
+    offsets = first_elements(specs, mesh)
     return [Rounding(*row) for row in zip(keys.split(1), offsets.split(1), stochastic, strict=True)]
-
-
-def _split_axes(spec: Spec) -> tuple[str, ...]:
-    return tuple(axis for axis in spec.split if axis is not None)
 
 
 def _counter(value: int | Tensor, device: torch.device) -> Tensor:

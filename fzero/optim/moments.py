@@ -148,7 +148,6 @@ def _scale_placement(placement: Placement) -> Placement:
     """Return where scales lie: a leaf of as many as its pieces have blocks, cut and split as the pieces are."""
     mesh, specs = placement.mesh, []
     for spec in placement.specs:
-        axes = [axis for axis in spec.split if axis is not None]
-        count = mesh.size(spec.cut) * blocks_of(spec.piece_numel(mesh))
-        specs.append(Spec((*(mesh.size((axis,)) for axis in axes), count), P(*axes), spec.cut))
+        axes, count = spec.split_axes, mesh.size(spec.cut) * blocks_of(spec.piece_numel(mesh))
+        specs.append(Spec((*(mesh.size(axis) for axis in axes), count), P(*axes), spec.cut))
     return dataclasses.replace(placement, specs=tuple(specs))

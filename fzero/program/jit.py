@@ -27,7 +27,7 @@ from fzero.program.kept.family import Families, opened
 from fzero.program.kept.retrace import Kept, names_of
 from fzero.program.options import Options, takes_any_size
 from fzero.program.program import Program
-from fzero.program.signature import Signature, examples_of, simulated_on
+from fzero.program.signature import Signature, examples_of
 from fzero.ranks.peers import together
 
 logger = logging.getLogger(__name__)
@@ -97,14 +97,8 @@ class Jitted:
         return self._known(signature, leaves) or self._fixed(signature, leaves, self._cause(signature))
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[Tensor]]:
-        leaves, _, hollow = tree.split((args, kwargs))
-        for leaf in leaves:
-            if type(leaf) is donation.Donated:
-                leaf.shape  # noqa: B018 - raises, and says to which call the tensor went
-        donated = self._positions(args, kwargs, hollow)
-        signature = Signature(hollow, leaves, donated, f"fz.jit: {self.name}", self._names)
-        signature.simulated_on = simulated_on((args, kwargs))
-        return signature, leaves
+        positions = functools.partial(self._positions, args, kwargs)
+        return Signature.of((args, kwargs), f"fz.jit: {self.name}", donated=positions, names=self._names)
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], hollow: tree.Hollow) -> frozenset[int]:
         """Return the positions, among all tensors of the arguments, of those that are donated."""

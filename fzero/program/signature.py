@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero._torch import FakeTensor, FakeTensorMode
+from fzero.precision.autocast import autocast_here, under_autocast
 from fzero.program.graph.absent import stand_in
 from fzero.program.graph.sizes import order_of
 from fzero.random.keyed import current_draw
@@ -23,8 +24,8 @@ class Signature:
     Attributes:
         hollow: the arguments, `(args, kwargs)`, without their tensors.
         donated: positions of tensors whose memory the call may reuse.
-        simulated_on: the device of a simulated mesh among the arguments.
         names: what the function calls its positional arguments, by their positions.
+        simulated_on: the device of a simulated mesh among the arguments; `None` where there is none.
         key: what two calls have to have in common to run the same program.
     """
 
@@ -34,12 +35,13 @@ class Signature:
         leaves: Sequence[Tensor],
         donated: frozenset[int],
         name: str,
-        names: Callable[[int], str] = str,
+        names: Callable[[int], str],
+        simulated_on: torch.device | None,
     ):
         self.hollow = hollow
         self.names = names
         self.donated = donated
-        self.simulated_on: torch.device | None = None
+        self.simulated_on = simulated_on
         metas = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
         constants = tuple(_constant(slot) for slot in hollow.slots)
         self.key = (hollow.treedef, constants, metas, *_ambient())
@@ -50,6 +52,29 @@ class Signature:
                 f"{name} got an argument that is neither a tensor nor hashable, so it cannot be a constant "
                 f"of the program: {error}. Pass tensors, numbers, strings or frozen dataclasses."
             ) from None
+
+    @staticmethod
+    def of(
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        call: str,
+        *,
+        donated: Callable[[tree.Hollow], frozenset[int]] = lambda _: frozenset(),
+        names: Callable[[int], str] = str,
+    ) -> tuple[Signature, list[Tensor]]:
+        """Return the signature of a call's arguments, and their tensors.
+
+        Args:
+            arguments: `(args, kwargs)`.
+            call: what is called, for the message.
+            donated: the positions of tensors whose memory may be reused, of the arguments without their tensors.
+            names: what the function calls its positional arguments.
+
+        Raises:
+            DonatedError: the memory of a tensor was donated.
+            TypeError: an argument can be no constant of a program.
+        """
+        leaves, _, hollow = tree.split(arguments)
+        return Signature(hollow, leaves, donated(hollow), call, names, simulated_on(arguments)), leaves
 
     @property
     def ambient(self) -> tuple[Any, ...]:
@@ -85,14 +110,12 @@ class Signature:
         """Inside, operations mean what they meant where the call was made."""
         cpu, cuda, grad, dtype, _ = self.ambient
         before = torch.get_default_dtype()
-        with contextlib.ExitStack() as stack:
-            for device, (enabled, lower) in (("cpu", cpu), ("cuda", cuda)):
-                if (enabled, lower) != (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)):
-                    stack.enter_context(torch.autocast(device, dtype=lower, enabled=enabled, cache_enabled=False))
-            stack.enter_context(torch.set_grad_enabled(grad))
+        with under_autocast((cpu, cuda)), torch.set_grad_enabled(grad):
             torch.set_default_dtype(dtype)
-            stack.callback(torch.set_default_dtype, before)
-            yield
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before)
 
     @property
     def paths(self) -> list[str]:
@@ -138,8 +161,7 @@ def examples_of(leaves: Sequence[Tensor], device: torch.device | None) -> Sequen
 
 def _ambient() -> tuple[Any, ...]:
     """Return what else decides what an operation means: autocast, grad mode, the dtype of new tensors, a key around."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype(), current_draw() is not None)
+    return (*autocast_here(), torch.is_grad_enabled(), torch.get_default_dtype(), current_draw() is not None)
 
 
 def _constant(value: Any) -> Any:

@@ -52,18 +52,27 @@ def average(values: Any, mesh: Mesh, axes: str | Sequence[str] | None = None) ->
         >>> average({"mean": torch.tensor([1.0, 2.0]), "count": torch.tensor(3)}, make_mesh("cpu"))
         {'mean': tensor([1., 2.]), 'count': tensor(3)}
     """
-    names = tuple(name for name, _ in mesh.axes) if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    count = mesh.size(names)
+    names = mesh.names if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     leaves, treedef = tree.flatten(values)
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            groups.setdefault(torch.promote_types(leaf.dtype, torch.float32), []).append(i)
-    for dtype, where in groups.items() if count > 1 else ():
-        total = torch.cat([leaves[i].reshape(-1).to(dtype) for i in where])
-        for name in names:
-            total = all_reduce(total, mesh, name)
-        parts = (total / count).split([leaves[i].numel() for i in where])
-        for i, part in zip(where, parts, strict=True):
-            leaves[i] = part.reshape(leaves[i].shape).to(leaves[i].dtype)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    for i, mean in zip(where, means([leaves[i] for i in where], mesh, names), strict=True):
+        leaves[i] = mean.to(leaves[i].dtype)
     return tree.unflatten(treedef, leaves)
+
+
+def means(tensors: Sequence[Tensor], mesh: Mesh, axes: Sequence[str]) -> list[Tensor]:
+    """Return the means of floating-point tensors over mesh axes, in at least fp32; one sum an axis and dtype.
+
+    Over a single rank they are the tensors themselves.
+    """
+    found, count = list(tensors), mesh.size(axes)
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors if count > 1 else ()):
+        groups.setdefault(torch.promote_types(x.dtype, torch.float32), []).append(i)
+    for dtype, where in groups.items():
+        total = torch.cat([tensors[i].reshape(-1).to(dtype) for i in where])
+        for axis in axes:
+            total = all_reduce(total, mesh, axis)
+        for i, part in zip(where, (total / count).split([tensors[i].numel() for i in where]), strict=True):
+            found[i] = part.reshape(tensors[i].shape)
+    return found

@@ -67,8 +67,7 @@ def dot(a: Sharded, b: Sharded) -> Tensor:
         x, y = _placed(x, of_x, spec, mesh, path, "fz.dot"), _placed(y, of_y, spec, mesh, path, "fz.dot")
         dtype = torch.promote_types(dtype, torch.promote_types(x.dtype, y.dtype).to_real())
         product = _wide(x) * y if not x.is_complex() else (x.conj() * y).real
-        axes = spec.cut + tuple(axis for axis in spec.split if axis is not None)
-        sums.setdefault(axes, []).append(product.sum(dtype=torch.float64))
+        sums.setdefault(spec.axes, []).append(product.sum(dtype=torch.float64))
     value = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for axes, parts in sums.items():
         part = torch.stack(parts).sum()

@@ -12,6 +12,7 @@ from torch import Tensor
 from fzero.random.bits import leaf_keys, normal, signed
 from fzero.ranks.peers import collective
 from fzero.sharding.algebra import add, check_sharded, on_floats
+from fzero.sharding.leaf import first_elements
 from fzero.sharding.sharded import Sharded, held
 
 
@@ -90,12 +91,8 @@ def random_like(example: Sharded, key: int | Tensor) -> Sharded:
             )
         spec = example.placement.specs[i]
         numel, length = spec.piece_numel(mesh), spec.block_numel(mesh)
-        # A block of columns has no contiguous indices in its leaf. So the elements of block 0 count from 0, those of
-        # block 1 from the length of a block, and so on.
-        split = tuple(axis for axis in spec.split if axis is not None)
-        first = mesh.index_tensor(spec.cut) * signed(numel)
-        offset = first + mesh.index_tensor(split) * signed(length)
-        draws = normal(leaf_keys(seed.to(torch.int32), torch.zeros_like(first), example.paths[i]), offset, numel)
+        first, number = mesh.index_tensor(spec.cut) * signed(numel), first_elements([spec], mesh)[0]
+        draws = normal(leaf_keys(seed.to(torch.int32), torch.zeros_like(first), example.paths[i]), number, numel)
         # What pads the last pieces is no part of the leaf.
         is_there = torch.arange(numel, device=mesh.device) < length - first.to(torch.int64)
         return torch.where(is_there, draws, 0.0).to(x.dtype)

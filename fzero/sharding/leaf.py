@@ -10,6 +10,7 @@ All are differentiable, and the same code on every rank: where the rank matters 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fzero._torch import is_functorch_wrapped
 from fzero.errors import LayoutError
+from fzero.random.bits import signed
 from fzero.ranks.collectives import all_gather, all_reduce, pad, reduce_scatter
 from fzero.ranks.mesh import Mesh
 
@@ -53,6 +55,16 @@ class Spec:
     shape: tuple[int, ...]
     split: P
     cut: tuple[str, ...] = ()
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """The mesh axes that its dimensions are split over."""
+        return tuple(axis for axis in self.split if axis is not None)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes whose ranks hold different parts of it."""
+        return self.cut + self.split_axes
 
     def block_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape of the block that `P` leaves a rank: (8, 6) split by `P("model")` over 4 ranks is (2, 6)."""
@@ -159,6 +171,22 @@ class _PlacedAs(torch.autograd.Function):
         info: Any, in_dims: tuple[int, None, None, None], piece: Tensor, spec: Spec, wanted: Spec, mesh: Mesh
     ) -> tuple[Tensor, int]:
         return torch.func.vmap(lambda x: placed_as(wanted, x, spec, mesh), in_dims[0])(piece), 0
+
+
+def first_elements(specs: Sequence[Spec], mesh: Mesh) -> Tensor:
+    """Return the number of the first element of this rank's piece of each leaf: int32 of shape (n,), modulo 2^32.
+
+    By these numbers noise is drawn. A block of columns has no contiguous indices in its leaf. So the elements of block
+    0 count from 0, those of block 1 from the length of a block, and so on.
+    """
+    numbers = torch.zeros(len(specs), dtype=torch.int32, device=mesh.device)
+    for axes in dict.fromkeys(spec.cut for spec in specs):
+        sizes = [signed(spec.piece_numel(mesh)) if spec.cut == axes else 0 for spec in specs]
+        numbers = numbers + mesh.index_tensor(axes) * torch.tensor(sizes, dtype=torch.int32, device=mesh.device)
+    for axes in dict.fromkeys(spec.split_axes for spec in specs):
+        sizes = [signed(spec.block_numel(mesh)) if spec.split_axes == axes else 0 for spec in specs]
+        numbers = numbers + mesh.index_tensor(axes) * torch.tensor(sizes, dtype=torch.int32, device=mesh.device)
+    return numbers
 
 
 def reduce_leaf(leaf: Tensor, spec: Spec, mesh: Mesh, *, axes: tuple[str, ...], dtype: torch.dtype) -> Tensor:

@@ -114,7 +114,7 @@ def _segments(kind: str, part: Sharded) -> Iterator[Segment]:
     for path, piece, spec in zip(part.paths, part.pieces, part.placement.specs, strict=True):
         size = nbytes(piece)
         if isinstance(piece, Tensor) and size:
-            axes = [axis for axis in (*spec.split, *spec.cut) if axis is not None and part.mesh.size(axis) > 1]
+            axes = [axis for axis in (*spec.split_axes, *spec.cut) if part.mesh.size(axis) > 1]
             whole = piece.element_size() * math.prod(spec.shape)
             yield Segment(kind, path, 1, tuple(axes), whole, size)
 

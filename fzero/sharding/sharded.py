@@ -203,7 +203,7 @@ def _gather_node(node: Any) -> Any:
         leaf = join(piece, spec, node.mesh)
         if node.factor is not None:
             leaf = scaled(leaf, node.factor)
-        owns_memory = node.factor is not None or node.mesh.size(spec.cut + tuple(a for a in spec.split if a)) > 1
+        owns_memory = node.factor is not None or node.mesh.size(spec.axes) > 1
         whole.append(leaf if owns_memory else leaf.clone())
     return tree.unflatten(node.placement.treedef, whole)
 

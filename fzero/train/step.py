@@ -22,7 +22,7 @@ from fzero.calls.arguments import whole
 from fzero.optim.norm import measure
 from fzero.optim.pair import check_pair
 from fzero.program.jit import Jitted, jit
-from fzero.ranks.collectives import all_reduce
+from fzero.ranks.average import means
 from fzero.ranks.mesh import Mesh
 from fzero.ranks.peers import collective
 from fzero.sharding.sharded import Sharded, held
@@ -200,13 +200,9 @@ def _check_step(state: Any, batch: Any) -> None:
 
 
 def mean_over_ranks(metrics: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
-    """Average the floating-point scalars of a tree over mesh axes, by one collective an axis; keep the rest."""
+    """Average the floating-point scalars of a tree over mesh axes, in at least fp32; keep the rest."""
     leaves, treedef = tree.flatten(metrics)
     where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point() and x.numel() == 1]
-    if where and mesh.size(axes) > 1:
-        total = torch.stack([leaves[i].reshape(()).to(torch.float32) for i in where])
-        for axis in axes:
-            total = all_reduce(total, mesh, axis)
-        for i, mean in zip(where, (total / mesh.size(axes)).unbind(), strict=True):
-            leaves[i] = mean.reshape(leaves[i].shape)
+    for i, mean in zip(where, means([leaves[i] for i in where], mesh, axes), strict=True):
+        leaves[i] = mean
     return tree.unflatten(treedef, leaves)
