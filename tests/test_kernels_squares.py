@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fzero as fz
 from fzero import _torch
 from fzero.kernels import squares as module
-from fzero.kernels.squares import squares, squares_reference
+from fzero.kernels.squares import add_squares, squares, squares_reference
 from tests.small import LiveBytes
 from tests.triton_process import compiled as compiled_by_triton
 from tests.triton_process import interpreted
@@ -214,3 +215,19 @@ def test_a_gpu_measures_what_a_cpu_does() -> None:
                 for ranks in (1, 4):
                     actual, expected = squares(x.cuda(), ranks).cpu(), squares(x, ranks)
                     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+def test_the_squares_of_pieces_are_added_by_one_operation_which_transforms_see_through() -> None:
+    pieces = [torch.randn(n) for n in (3, 1, 7)]
+    expected = sum(float(piece.double().square().sum()) for piece in pieces)
+    total = add_squares([squares(piece) for piece in pieces])
+    torch.testing.assert_close(total, torch.tensor([expected, 0.0], dtype=torch.float64))
+    nodes = fz.trace(lambda *given: add_squares([squares(x) for x in given]))(*pieces).trace.module.graph.nodes
+    assert sum(node.op == "call_function" for node in nodes) == len(pieces) + 1
+
+    def norm(x: Tensor) -> Tensor:
+        return add_squares([squares(x), squares(2 * x)])[0]
+
+    torch.testing.assert_close(torch.func.grad(norm)(pieces[0]), 10 * pieces[0])
+    batch = torch.randn(4, 3)
+    torch.testing.assert_close(torch.vmap(norm)(batch), 5 * batch.double().square().sum(1))

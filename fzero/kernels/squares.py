@@ -12,6 +12,7 @@ see, takes norms in float32: its last bits differ, and it overflows where a squa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -148,3 +149,22 @@ torch.library.impl("fzero::squares", "cuda", launch)
 @torch.library.register_fake("fzero::squares")
 def _(piece: Tensor, ranks: int) -> Tensor:
     return piece.new_empty(2, dtype=torch.float64)
+
+
+def add_squares(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of what `squares` gave for several pieces: float64 of shape (2,).
+
+    One op, opaque to a trace: Inductor would copy each part into its row of a stack by a kernel of its own.
+
+    Args:
+        parts: each of shape (2,); at least one.
+    """
+    if transformed(*parts):
+        return torch.stack(list(parts)).sum(0)
+    summed: Tensor = torch.ops.fzero.add_squares(list(parts))
+    return summed
+
+
+torch.library.define("fzero::add_squares", "(Tensor[] parts) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.impl("fzero::add_squares", ("cpu", "cuda"), lambda parts: torch.stack(parts).sum(0))
+torch.library.register_fake("fzero::add_squares", lambda parts: parts[0].new_empty(2))

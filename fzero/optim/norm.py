@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fzero.kernels.squares import squares
+from fzero.kernels.squares import add_squares, squares
 from fzero.ranks.collectives import all_reduce
 from fzero.ranks.mesh import Mesh
 from fzero.sharding.leaf import Spec
@@ -53,7 +53,7 @@ def measure(grads: Sharded) -> Squares:
             sums.setdefault(_axes(spec), []).append(_of_piece(piece, spec, mesh, grads.layout.axis))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for axes, parts in sums.items():
-        total = total + _over(torch.stack(parts).sum(0), axes, mesh)
+        total = total + _over(add_squares(parts), axes, mesh)
     return Squares(grads.pieces, total)
 
 
