@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.in_place import transformed
-from fzero.kernels.rounding import jit, tl
+from fzero.kernels.nvidia import jit, tl
 
 # Elements whose squares are added in float32; further up the sum is one of float64. One thread adds them, so the bits
 # of the sum do not depend on the number of threads.
@@ -97,17 +97,28 @@ def block_kernel(piece, partial, length, rows, blocks, BLOCK: tl.constexpr, LANE
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     start = row * rows + block * BLOCK
-    count = tl.minimum(tl.minimum(row * rows + rows, length) - start, BLOCK)
-    sums, bad = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.int32)
-    for first in range(0, count, LANES):
-        place = first + tl.arange(0, LANES)
-        x = tl.load(piece + start + place, place < count, other=0.0).to(tl.float64)
-        finite = tl.abs(x) < float("inf")
-        x = tl.where(finite, x, 0.0)
-        sums += x * x
-        bad = tl.where(finite, bad, 1)
-    tl.store(partial + 2 * program, tl.sum(sums, 0))
-    tl.store(partial + 2 * program + 1, tl.max(bad, 0).to(tl.float64))
+    count = tl.minimum(tl.minimum(row * rows + rows, length) - start, BLOCK).to(tl.int32)
+    total = sum_of_block(piece + start, count, False, LANES)
+    # No square of a float32 is too large for float64, so another element shows. Few blocks have one.
+    is_bad = (total < float("inf")) == 0
+    if is_bad:
+        total = sum_of_block(piece + start, count, True, LANES)
+    tl.store(partial + 2 * program, total)
+    tl.store(partial + 2 * program + 1, is_bad.to(tl.float64))
+
+
+@jit
+def sum_of_block(block, count, ONLY_FINITE: tl.constexpr, LANES: tl.constexpr):
+    """The sum of squares of `count` elements, of those that are finite or of all."""
+    sums = tl.zeros((LANES,), tl.float64)
+    for first in range(0, count, 4 * LANES):
+        for k in tl.static_range(4):  # so many loads are on their way at a time
+            place = first + k * LANES + tl.arange(0, LANES)
+            x = tl.load(block + place, place < count, other=0.0).to(tl.float64)
+            if ONLY_FINITE:
+                x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+            sums += x * x
+    return tl.sum(sums, 0)
 
 
 @jit
@@ -137,6 +148,8 @@ def launch(piece: Tensor, ranks: int) -> Tensor:
     with torch.cuda.device_of(piece):
         block_kernel[(count * blocks,)](piece, partial, length, rows, blocks, BLOCK=BLOCK, LANES=LANES)
         row_kernel[(count,)](partial, summed, blocks, LANES=LANES)
+    if count == 1:
+        return summed[0]
     total, bad = summed.unbind(1)
     return torch.stack([total.sum(), bad.amax()])
 
