@@ -3,12 +3,12 @@
     python benchmarks/instructions.py                     every kernel, written to benchmarks/results/instructions.json
     python benchmarks/instructions.py --before PATH       an older checkout beside it, in the same run
 
-A kernel of `fzero.kernels.launch` works on 1,024 elements with 128 threads, so that its instructions are those of 8
-elements. Triton's own assembler makes the machine code for compute capability 9.0, and its own disassembler lists it:
-instructions in all, memory accesses by their width, and those that a division or a root takes, which run at an eighth
-of the rate. Where memory is read and written at 4.8 TB/s, and 132 multiprocessors issue 4 instructions for 32
-threads a cycle at 1.7 GHz, AdamW on bf16, 14 bytes an element, is bound by instructions above some 670 for 8 elements.
-The whole kernel is counted, with the slow way of a division, which few elements ever take.
+A program of `fzero.kernels.launch` has 128 threads for its block of elements. Triton's own assembler makes the machine
+code for compute capability 9.0, and its own disassembler lists it: instructions in all and for each 8 elements of a
+thread, memory accesses by their width, and those that a division or a root takes, which run at an eighth of the rate.
+Where memory is read and written at 4.8 TB/s, and 132 multiprocessors issue 4 instructions for 32 threads a cycle at
+1.7 GHz, AdamW on bf16, 14 bytes an element, is bound by instructions above some 670 for 8 elements. The whole kernel is
+counted, with what comes before its elements, and where there is one the slow way of a division, which few ever take.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0")  # Triton is imported, to compile
 HERE = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "instructions.json"
 
-# What an optimizer is called with here, and how its state may be stored.
-STATICS: dict[str, tuple[float | bool, ...]] = {
-    "adamw": (0.9, 0.999, 1e-8),
-    "lion": (0.9, 0.99),
-    "sgd": (0.9, False),
-}
+THREADS = 128
+# What an optimizer is called with here, by the names of its own, and how its state may be stored.
+STATICS: dict[str, float | bool] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "momentum": 0.9, "nesterov": False}
 BFLOAT, SPLIT = ("*bf16",), ("*bf16", "*i16")
 SIGNED, UNSIGNED = ("*i8", "*fp32"), ("*u8", "*fp32")
 KERNELS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
@@ -55,10 +52,12 @@ def counted() -> dict[str, dict[str, Any]]:
 
 
 def _counted(name: str, state: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
-    from fzero.kernels.launch import update_one
+    from fzero.kernels.launch import BLOCK, update_one
 
     update = getattr(importlib.import_module(f"fzero.kernels.{name}"), name.upper())
-    return _listed(compiled(update_one, update, STATICS[name], state).asm["cubin"])
+    statics = [STATICS[static] for static in update.statics]
+    found = _listed(compiled(update_one, update, statics, state).asm["cubin"])
+    return {"for 8 elements": round(found["instructions"] * 8 * THREADS / BLOCK, 1), **found}
 
 
 def compiled(kernel: Any, update: Any, statics: Iterable[float | bool], state: tuple[tuple[str, ...], ...]) -> Any:
@@ -81,7 +80,14 @@ def compiled(kernel: Any, update: Any, statics: Iterable[float | bool], state: t
         "keys": "*i32", "offset": "*i32", "offsets": "*i32", "length": "i64", "table": "*i64", "programs": "*i64",
         "numbers": ("fp32",) * len(update.numbers(*statics)),
     }  # fmt: skip
-    constants = {"FORMULA": update.kernel, "STOCHASTIC": True, "ALIGNED": True, "COLUMNS": 16, "BLOCKS": BLOCKS}
+    constants = {
+        "FORMULA": update.kernel,
+        "STOCHASTIC": True,
+        "SCALARS": update.scalars,
+        "ALIGNED": True,
+        "COLUMNS": 16,
+        "BLOCKS": BLOCKS,
+    }
     attributes: dict[tuple[int, ...], Any] = {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in ("out", "state"):
@@ -136,7 +142,7 @@ def main() -> None:
 
     folders = {"now": HERE} | ({"before": arguments.before.resolve()} if arguments.before else {})
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    found: dict[str, Any] = {"target": "compute capability 9.0", "elements a thread": 8, "versions": versions}
+    found: dict[str, Any] = {"target": "compute capability 9.0", "versions": versions}
     for name, folder in folders.items():
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         command = [sys.executable, __file__, "--only-print"]
@@ -146,7 +152,7 @@ def main() -> None:
         rows = {name: found[name][kernel] for name in folders}
         print(
             f"{kernel:32}",
-            *(f"{name}: {row['instructions']:5} ({row['special']} special)" for name, row in rows.items()),
+            *(f"{name}: {row['for 8 elements']:7} ({row['special']} special in all)" for name, row in rows.items()),
         )
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -88,7 +88,7 @@ def update_case(name: str, storage: Storage, elements: int, device: torch.device
     state, grad = leaf(storage, elements, device, moments={"adamw": 2, "lion": 1, "sgd": 1}[name])
     zero = torch.zeros((), dtype=torch.int32, device=device)
     scalars, statics = {
-        "adamw": (adamw_scalars(zero, RATE, B1, B2, DECAY), (B1, B2, EPSILON)),
+        "adamw": (adamw_scalars(zero, RATE, B1, B2, EPSILON, DECAY), (B1, B2)),
         "lion": (lion_scalars(zero, RATE, DECAY), (B1, B2)),
         "sgd": (sgd_scalars(zero, RATE, DECAY), (B1, False)),
     }[name]
@@ -246,7 +246,7 @@ def launches(device: torch.device, elements: int) -> dict[str, Any]:
     keys = torch.zeros(len(parts), 2, dtype=torch.int32, device=device)
     ours = partial(
         torch.ops.fzero.adamw_, [x for own, _ in parts for x in own], [g for _, g in parts],
-        adamw_scalars(zero, RATE, B1, B2, DECAY), keys, keys[:, 0].contiguous(), B1, B2, EPSILON, True,
+        adamw_scalars(zero, RATE, B1, B2, EPSILON, DECAY), keys, keys[:, 0].contiguous(), B1, B2, True,
     )  # fmt: skip
     columns = [[own[i] for own, _ in parts] for i in range(3)]
     steps = [torch.ones((), device=device) for _ in parts]

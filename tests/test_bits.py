@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.rounding import round_stochastic
-from fzero.random.bits import GOLDEN, bits, fold, leaf_keys, mix, normal, remix, shift_right, signed, uniform
+from fzero.random.bits import GOLDEN, bits, fold, leaf_keys, mix, noises, normal, shift_right, signed, uniform
 
 DRAWS = 1 << 16
 
@@ -65,17 +65,16 @@ def test_each_bit_of_seed_and_step_flips_each_bit_of_both_keys(position: int) ->
 
 def test_bytes_of_a_stream_are_uniform() -> None:
     word = bits(KEYS, int32(0), 1 << 18)
-    for draw in (word, remix(word)):
-        for byte in range(4):
-            counts = torch.bincount((shift_right(draw, 8 * byte) if byte else draw) & 0xFF, minlength=256).double()
-            expected = counts.sum() / 256
-            chi2 = ((counts - expected) ** 2 / expected).sum().item()
-            assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
+    for byte in range(4):
+        counts = torch.bincount((shift_right(word, 8 * byte) if byte else word) & 0xFF, minlength=256).double()
+        expected = counts.sum() / 256
+        chi2 = ((counts - expected) ** 2 / expected).sum().item()
+        assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
 
 
-def noises(word: Tensor) -> list[Tensor]:
-    """What p, m and v of an element are rounded by."""
-    return [word & 0xFFFF, shift_right(word, 16), remix(word) & 0xFFFF]
+def drawn(keys: Tensor, first: int, n: int) -> tuple[Tensor, ...]:
+    """What p, m and v of elements are rounded by."""
+    return noises(torch.arange(n, dtype=torch.int32) + first, keys[0], keys[1])
 
 
 def assert_even(cells: Tensor, count: int) -> None:
@@ -86,27 +85,28 @@ def assert_even(cells: Tensor, count: int) -> None:
 
 
 def test_each_noise_is_uniform_and_the_three_of_an_element_are_independent() -> None:
-    drawn = noises(bits(KEYS, int32(0), 1 << 20))
-    for noise in drawn:
+    three = drawn(KEYS, 0, 1 << 20)
+    for noise in three:
         assert_even(noise, 1 << 16)
         assert abs(noise.double().mean() - 32767.5) < 5 * 2**16 / math.sqrt(12 * len(noise))
     for low in (0, 6, 12):  # four bits of each together
-        p, m, v = ((noise >> low) & 15 for noise in drawn)
+        p, m, v = ((noise >> low) & 15 for noise in three)
         assert_even((p * 16 + m) * 16 + v, 1 << 12)
 
 
-@pytest.mark.parametrize("stream", ["neighbour", "step", "leaf", "seed"])
+@pytest.mark.parametrize("stream", ["neighbour", "sixteenth", "row", "step", "leaf", "seed"])
 def test_noises_of_neighbours_steps_leaves_and_seeds_are_independent(stream: str) -> None:
     n = 1 << 18
-    here = bits(KEYS, int32(0), n)
     there = {
-        "neighbour": bits(KEYS, int32(1), n),
-        "step": bits(leaf_keys(int32(0), int32(1), "w"), int32(0), n),
-        "leaf": bits(leaf_keys(int32(0), int32(0), "v"), int32(0), n),
-        "seed": bits(leaf_keys(int32(1), int32(0), "w"), int32(0), n),
+        "neighbour": drawn(KEYS, 1, n),
+        "sixteenth": drawn(KEYS, 16, n),
+        "row": drawn(KEYS, 4096, n),
+        "step": drawn(leaf_keys(int32(0), int32(1), "w"), 0, n),
+        "leaf": drawn(leaf_keys(int32(0), int32(0), "v"), 0, n),
+        "seed": drawn(leaf_keys(int32(1), int32(0), "w"), 0, n),
     }[stream]
-    for x in noises(here):
-        for y in noises(there):
+    for x in drawn(KEYS, 0, n):
+        for y in there:
             assert abs(correlation(x.double(), y.double())) < 5 / math.sqrt(n)
             assert_even((x >> 10) * 64 + (y >> 10), 1 << 12)
 

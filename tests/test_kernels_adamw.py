@@ -31,7 +31,7 @@ from tests.triton_process import interpreted
 __all__ = ["op_by_op"]  # a fixture
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
-STATICS: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+STATICS: dict[str, Any] = {"b1": 0.9, "b2": 0.999}
 
 
 def int32(value: int) -> Tensor:
@@ -45,7 +45,7 @@ def leaf(n: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
 
 def stepped(state: tuple[Tensor, ...], g: Tensor, step: int, *, lr: float, decay: float, stochastic: bool) -> Any:
     """The state of a leaf after a step."""
-    scalars = adamw_scalars(int32(step), lr, 0.9, 0.999, decay)
+    scalars = adamw_scalars(int32(step), lr, 0.9, 0.999, 1e-8, decay)
     keys = leaf_keys(int32(0), int32(step), "w")[None]
     return adamw([state], [g], scalars, keys, int32(0)[None], **STATICS, stochastic=stochastic)[0]
 
@@ -92,7 +92,7 @@ def test_compiled_equals_op_by_op(dtypes: tuple[torch.dtype, ...], stochastic: b
 
 def test_the_compiled_root_is_correctly_rounded() -> None:
     # With b2 = 1 and no gradient the second moment stays, and p becomes -1 / (root + eps): every root is seen, those of
-    # the smallest numbers and of infinity too.
+    # the smallest numbers too. Infinity counts as the largest number.
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 0x7F800001, (compiled.MIN_COMPILED,), generator=generator, dtype=torch.int32)
     patterns[:4] = torch.tensor([0, 1, 0x00800000, 0x7F800000])
@@ -100,11 +100,12 @@ def test_the_compiled_root_is_correctly_rounded() -> None:
     v = patterns.view(FLOAT)
     arguments: dict[str, Any] = leaf(n, (FLOAT, FLOAT, FLOAT, FLOAT))
     arguments |= {"states": [(torch.zeros(n), torch.ones(n), v)], "grads": [torch.zeros(n)]}
-    arguments["scalars"] = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    statics: dict[str, Any] = {"b1": 1.0, "b2": 1.0, "eps": 0.0, "stochastic": False}
+    arguments["scalars"] = torch.tensor([1.0, 1.0, 2.0**-100, 1.0])
+    statics: dict[str, Any] = {"b1": 1.0, "b2": 1.0, "stochastic": False}
     state = (*arguments["states"][0], torch.zeros(n), arguments["scalars"], arguments["keys"][0], int32(0))
+    roots = v.clamp(max=torch.finfo(FLOAT).max).double().sqrt().float()
     wanted = reference(adamw_formula, state[:3], *state[3:], **statics)
-    assert_same_bits([wanted[:1]], [(0 - 1 / v.double().sqrt().float(),)])
+    assert_same_bits([wanted[:1]], [(0 - 1 / (roots + 2.0**-100),)])
     assert_same_bits(adamw(**arguments, **statics), [wanted])
     assert compiled._compiler.works
 
@@ -284,7 +285,8 @@ def test_small_steps_are_lost_to_nearest_rounding_and_kept_by_stochastic(stochas
 
 def test_scalars_are_exact_to_float32() -> None:
     for step in (0, 9, 99_999):
-        scalars = adamw_scalars(int32(step), torch.tensor(3e-4), 0.9, 0.95, 0.1, torch.tensor(0.25))
+        scalars = adamw_scalars(int32(step), torch.tensor(3e-4), 0.9, 0.95, 1e-8, 0.1, torch.tensor(0.25))
         t, lr = step + 1, torch.tensor(3e-4).item()
-        expected = [1 - lr * 0.1, lr / (1 - 0.9**t), (1 - 0.95**t) ** -0.5, 0.25]
+        correction = (1 - 0.95**t) ** 0.5
+        expected = [1 - lr * 0.1, lr * correction / (1 - 0.9**t), 1e-8 * correction, 0.25]
         torch.testing.assert_close(scalars, torch.tensor(expected), rtol=1e-7, atol=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fzero.kernels.codes import FLOOR
 from fzero.kernels.storage import (
     BLOCK,
     blocks_of,
@@ -93,6 +94,13 @@ OLD: dict[str, Any] = {
     "signed": lambda x: encode(x, signed=True),
     "unsigned": lambda x: encode(x.abs(), signed=False),
 }
+
+
+def stepped(value: Tensor, old: Any, ok: Tensor, noise16: Tensor | None) -> Any:
+    """What is stored where only some elements change, as in an update."""
+    return store(torch.where(ok, value, load(old)), old, torch.tensor(True), noise16)
+
+
 every_storage = pytest.mark.parametrize("make", OLD.values(), ids=OLD.keys())
 
 
@@ -104,8 +112,25 @@ def some(n: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("n", [0, 1, 127, 128, 1000])
 def test_what_is_not_to_change_keeps_its_bits(make: Any, n: int) -> None:
     old = make(some(n))
-    new = store(some(n, 1).abs() * 100, old, torch.zeros(n, dtype=torch.bool), noise(n))
+    new = stepped(some(n, 1).abs() * 100, old, torch.zeros(n, dtype=torch.bool), noise(n))
     assert all(same_bits(x, y) for x, y in zip(new, old, strict=True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_keep_their_bits_by_every_noise_unless_what_they_stand_for_is_no_float32(signed: bool) -> None:
+    codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(FLOOR, 256).to(torch.uint8)
+    top = 127 if signed else 255
+    for bits in (0, 1, 32767, 65534, 65535):
+        for scale in (2.0**-90, 1.1e-7, 1 / 3, 1.0, 1.9999999, 7e20, 2.0**126):
+            old = torch.cat([codes[-1:], codes[:127]]), torch.tensor([scale])
+            assert old[0][0] == top
+            new = stepped(
+                load(old), old, torch.zeros(128, dtype=torch.bool), torch.full((128,), bits, dtype=torch.int32)
+            )
+            assert all(same_bits(x, y) for x, y in zip(new, old, strict=True)), (scale, bits)
+    old = codes[:128], torch.tensor([1e-44])
+    kept = store(load(old), old, torch.tensor(False), None)
+    assert all(same_bits(x, y) for x, y in zip(kept, old, strict=True))
 
 
 @every_storage
@@ -114,7 +139,7 @@ def test_what_changes_is_stored_to_the_precision_there_is(make: Any, is_stochast
     n = 1000
     old, value = make(some(n)), some(n, 1).abs()
     ok = torch.arange(n) % 3 > 0
-    new = store(value, old, ok, noise(n) if is_stochastic else None)
+    new = stepped(value, old, ok, noise(n) if is_stochastic else None)
     assert [(x.dtype, x.shape) for x in new] == [(x.dtype, x.shape) for x in old]
     wanted, found = torch.where(ok, value, load(old)), load(new)
     if not new[0].is_floating_point():
@@ -135,7 +160,7 @@ def test_a_block_with_nothing_to_change_keeps_its_bits_and_others_do_not(name: s
     old = OLD[name](some(n))
     ok = torch.zeros(n, dtype=torch.bool)
     ok[BLOCK + 7] = ok[-1] = True
-    new = store(torch.full((n,), 50.0), old, ok, None)
+    new = stepped(torch.full((n,), 50.0), old, ok, None)
     assert new[1].tolist() == [old[1][0].item(), 50, old[1][2].item(), 50]
     kept = torch.zeros(n, dtype=torch.bool)
     kept[:BLOCK] = kept[2 * BLOCK : 3 * BLOCK] = True
@@ -151,9 +176,9 @@ def test_a_block_with_nothing_to_change_keeps_its_bits_and_others_do_not(name: s
 def test_rows_are_stored_as_what_lies_in_one_dimension(make: Any) -> None:
     n = 3 * BLOCK
     old, value, ok, bits = make(some(n)), some(n, 1).abs(), torch.arange(n) % 5 > 0, noise(n)
-    flat = store(value, old, ok, bits)
+    flat = stepped(value, old, ok, bits)
     by_rows = tuple(x if x.shape == (3,) else x.view(3, BLOCK) for x in old)
-    rows = store(value.view(3, -1), by_rows, ok.view(3, -1), bits.view(3, -1))
+    rows = stepped(value.view(3, -1), by_rows, ok.view(3, -1), bits.view(3, -1))
     assert all(torch.equal(x.flatten(), y) for x, y in zip(rows, flat, strict=True))
     assert torch.equal(load(by_rows).flatten(), load(old))
 

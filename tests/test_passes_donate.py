@@ -21,13 +21,13 @@ from tests.test_program_trace import targets, traced
 
 P, M, V, G = (torch.linspace(k, k + 1.0, 8) for k in range(4))
 KEYS = torch.zeros(2, dtype=torch.int32)
-SCALARS = adamw_scalars(int32(0), lr=0.1, b1=0.9, b2=0.999, weight_decay=0.1)
+SCALARS = adamw_scalars(int32(0), lr=0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
 STATE = frozenset({0, 1, 2})
 OPTIONS = Options()
 
 
 def update(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    how = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    how = {"b1": 0.9, "b2": 0.999}
     ((p, m, v),) = adamw([(p, m, v)], [g], SCALARS, KEYS[None], KEYS[:1], **how, stochastic=False)
     return p, m, v
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fzero.kernels.in_place import transformed
-from fzero.kernels.rounding import jit, tl
+from fzero.kernels.nvidia import jit, tl
 from fzero.kernels.storage import Stored, load
 
 # Elements that a CPU converts at a time.

@@ -3,12 +3,12 @@
     signed      value = sign(code) · m(|code| - 127) · scale      code -127 … 127, int8
     unsigned    value = m(code - 255) · scale                     code 0 … 255, uint8
 
-The scale is the largest magnitude of its block. m(0) is 1, and m counts down through the numbers of three fraction
-bits, eight for each power of two: 15/16, 14/16, … 8/16, 15/32, … A code is the head of a float32 number: three bits of
-its fraction, and of its exponent the part that its block can have. Code 0 is zero. So neighbours are 6 to 13 % apart
-over the whole range. A value falls between two neighbours and goes to one of them: to the nearest, or by 16 random bits
-with the probabilities that keep its mean. An unsigned value above zero never gets less than 2^-27 of the scale: the
-root of a second moment is divided by.
+The scale is the largest magnitude of its block, but at least 2^-126 and at most 2^126. m(0) is 1, and m counts down
+through the numbers of three fraction bits, eight for each power of two: 15/16, 14/16, … 8/16, 15/32, … A code is the
+head of a float32 number: three bits of its fraction, and of its exponent the part that its block can have. Code 0 is
+zero. So neighbours are 6 to 13 % apart over the whole range. A value falls between two neighbours and goes to one of
+them: to the nearest, or by 16 random bits with the probabilities that keep its mean. An unsigned value above zero never
+gets less than 2^-27 of the scale: the root of a second moment is divided by.
 
 Why such codes: an optimizer such as AdamW moves an element by lr · m / sqrt(v), however small its gradients are beside
 those of its block. Were codes so far apart that one step doubles a small v, rounding v down would lengthen a step by
@@ -27,30 +27,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fzero.kernels.rounding import constexpr, jit, tl
+from fzero.kernels.nvidia import constexpr, jit, narrowed, reciprocal, tl, widened
 
 # Consecutive elements that share a scale.
 BLOCK = 128
 
 SIGNED_TOP, UNSIGNED_TOP = 127, 255
-# Bits of a float32 that a code leaves out, and a mask of them; and what its other bits are, as an integer, for 1.
+# Bits of a float32 that a code leaves out; and what its other bits are, as an integer, for 1.
 TAIL = 20
-TAIL_MASK = (1 << TAIL) - 1
 ONE = 127 << 3
 # How much of a tail a value of noise is worth, which has 16 bits; and the noise that rounds to nearest.
 TAIL_NOISE, HALF = 1 << (TAIL - 16), 32768
+# Values are encoded by 4 to 8 units of a float32's last place too large, half of what a value of noise is worth. So one
+# that a code stands for rounds to that code by any noise, though it is multiplied by a reciprocal.
+MARGIN = 1 + 2.0**-21
 # What a value of noise is worth below the least signed value, and the least code of an unsigned one above zero.
 UNIT, FLOOR = 1.25 * 2.0**-32, 40
-LARGEST = torch.finfo(torch.float32).max
+# The range of scales above zero, and of what is encoded: reciprocals of them are float32 numbers of full precision.
+LEAST, LARGEST = 2.0**-126, 2.0**126
 
 # How far codes lie below the heads of their floats.
 SIGNED_SHIFT, UNSIGNED_SHIFT = ONE - SIGNED_TOP, ONE - UNSIGNED_TOP
 _SIGNED_SHIFT, _UNSIGNED_SHIFT = constexpr(SIGNED_SHIFT), constexpr(UNSIGNED_SHIFT)
-_TAIL, _TAIL_MASK, _TAIL_NOISE = constexpr(TAIL), constexpr(TAIL_MASK), constexpr(TAIL_NOISE)
-_UNIT, _FLOOR = constexpr(UNIT), constexpr(FLOOR)
-_HALF, _LARGEST = constexpr(HALF), constexpr(LARGEST)
+_TAIL, _TAIL_NOISE, _MARGIN = constexpr(TAIL), constexpr(TAIL_NOISE), constexpr(MARGIN)
+_UNIT, _FLOOR, _SIGN = constexpr(UNIT), constexpr(FLOOR), constexpr(-(1 << 31))
+_HALF, _LEAST, _LARGEST = constexpr(HALF), constexpr(LEAST), constexpr(LARGEST)
 # A Triton program works on that many blocks at a time.
-ROWS = 8
+ROWS = 16
 _ROWS, _BLOCK = constexpr(ROWS), constexpr(BLOCK)
 
 
@@ -85,7 +88,7 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, *, signed: bool, noise16: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the codes and scales of float32 values. Infinities count as the largest float32, NaN as 0.
+    """Return the codes and scales of float32 values. What is larger than 2^126 counts as that, NaN as 0.
 
     Args:
         x: float32: 1-D of any length, or (rows, at most 128). Not negative, unless `signed`.
@@ -129,20 +132,18 @@ def decode_rows(codes: Tensor, scales: Tensor) -> Tensor:
 
 def encode_rows(x: Tensor, signed: bool, noise16: Tensor | None) -> tuple[Tensor, Tensor]:
     """`encode` where each row is a block."""
-    x = torch.where(x == x, x.clamp(-LARGEST, LARGEST), 0.0)
-    size = x.abs()
-    scales = size.amax(1)
-    part = size / torch.where(scales > 0, scales, 1.0)[:, None]
+    size = torch.where(x == x, x.abs(), 0.0)
+    largest = size.amax(1)
+    inside = largest.clamp(LEAST, LARGEST)
+    scales = torch.where(largest > 0, inside, 0.0)
+    part = size * (1.0 / inside * MARGIN)[:, None]
     noise: Tensor | int = HALF if noise16 is None else noise16
-    bits = part.view(torch.int32)
-    code = (bits >> TAIL) - (SIGNED_SHIFT if signed else UNSIGNED_SHIFT)
-    up = (bits & TAIL_MASK) > noise * TAIL_NOISE
-    raised = code + up.to(torch.int32)
+    code = ((part.view(torch.int32) + noise * TAIL_NOISE) >> TAIL) - (SIGNED_SHIFT if signed else UNSIGNED_SHIFT)
     if not signed:
-        return torch.where(x > 0, raised.clamp(min=FLOOR), 0).to(torch.uint8), scales
-    is_least = part > noise * UNIT
-    code = torch.where(code < 1, is_least.to(torch.int32), raised)
-    return torch.where(x < 0, -code, code).to(torch.int8), scales
+        return torch.where(x > 0, code.clamp(FLOOR, UNSIGNED_TOP), 0).to(torch.uint8), scales
+    code = torch.where(part > noise * UNIT, code.clamp(min=1), 0)
+    # One instruction of a GPU makes integers int8: minus infinity becomes -128.
+    return torch.where(x < 0, -code, code).clamp(-SIGNED_TOP - 1, SIGNED_TOP).to(torch.int8), scales
 
 
 def _value(code: Tensor, shift: int) -> Tensor:
@@ -155,53 +156,51 @@ def places(program, length):
     """Return where the ROWS blocks of a program lie in a tensor, for Triton.
 
     Returns:
-        The index of each element, (ROWS, BLOCK), whether there is such an element, the index of each block, (ROWS,),
-        and whether there is such a block.
+        The index of the first element, int64; how far behind it each element is, (ROWS, BLOCK), and whether there is
+        such an element; how far behind its block each block is, (ROWS,), and whether there is such a block.
     """
-    row = tl.arange(0, _ROWS).to(tl.int64) + program * _ROWS
+    first = program.to(tl.int64) * (_ROWS * _BLOCK)
+    count = tl.minimum(length - first, _ROWS * _BLOCK).to(tl.int32)
+    row = tl.arange(0, _ROWS)
     place = row[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    return place, place < length, row, row * _BLOCK < length
+    return first, place, place < count, row, row * _BLOCK < count
 
 
 @jit
 def decode_block(codes, scales):
     """`decode_rows` for codes as they are loaded."""
-    code = codes.to(tl.int32)
+    code = widened(codes)
     if codes.dtype == tl.int8:
-        size = tl.abs(code)
-        bits = (size + _SIGNED_SHIFT) << _TAIL
+        bits = ((tl.abs(code) + _SIGNED_SHIFT) << _TAIL) | (code & _SIGN)
     else:
-        size = code
-        bits = (size + _UNSIGNED_SHIFT) << _TAIL
-    part = tl.where(size > 0, bits.to(tl.float32, bitcast=True), 0.0)
-    if codes.dtype == tl.int8:
-        part = tl.where(code < 0, -part, part)
-    return part * scales[:, None]
+        bits = (code + _UNSIGNED_SHIFT) << _TAIL
+    return tl.where(code != 0, bits, 0).to(tl.float32, bitcast=True) * scales[:, None]
 
 
 @jit
 def encode_block(x, noise16, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr):
     """`encode_rows`. Elements behind the end of a tensor have to be 0."""
-    x = tl.where(x == x, tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST), 0.0)
+    # NaN is no largest number, and at the end not above zero.
     size = tl.abs(x)
-    scales = tl.max(size, 1)
-    part = tl.div_rn(size, tl.broadcast_to(tl.where(scales > 0, scales, 1.0)[:, None], size.shape))
-    bits = part.to(tl.int32, bitcast=True)
-    tail = bits & _TAIL_MASK
+    largest = tl.minimum(tl.max(size, 1), _LARGEST)
+    inside = tl.maximum(largest, _LEAST)
+    scales = tl.where(largest > 0, inside, 0.0)
+    part = size * (reciprocal(inside) * _MARGIN)[:, None]
     if STOCHASTIC:
-        up = tail > noise16 * _TAIL_NOISE
-        is_least = part > noise16.to(tl.float32) * _UNIT
+        least = noise16.to(tl.float32) * _UNIT
+        added = noise16 * _TAIL_NOISE
     else:
-        up = tail > _HALF * _TAIL_NOISE
-        is_least = part > _UNIT * _HALF
+        least = _HALF * _UNIT
+        added = _HALF * _TAIL_NOISE
+    bits = part.to(tl.int32, bitcast=True) + added
     if SIGNED:
-        code = (bits >> _TAIL) - _SIGNED_SHIFT
-        code = tl.where(code < 1, is_least.to(tl.int32), code + up.to(tl.int32))
-        codes = tl.where(x < 0, -code, code).to(tl.int8)
+        code = tl.maximum((bits >> _TAIL) - _SIGNED_SHIFT, 1)
+        code = tl.where(part > least, code, 0)
+        code = tl.where(x < 0, -code, code)
     else:
-        code = (bits >> _TAIL) - _UNSIGNED_SHIFT + up.to(tl.int32)
-        codes = tl.where(x > 0, tl.maximum(code, _FLOOR), 0).to(tl.uint8)
-    return codes, scales
+        code = tl.maximum((bits >> _TAIL) - _UNSIGNED_SHIFT, _FLOOR)
+        code = tl.where(x > 0, code, 0)
+    return narrowed(code, SIGNED), scales
 
 
 def check_scales(call: str, codes: Tensor, scales: Tensor) -> None:

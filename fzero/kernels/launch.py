@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fzero.kernels.codes import BLOCK as QUANTIZED
 from fzero.kernels.codes import ROWS, places
-from fzero.kernels.rounding import constexpr, jit, mix, remix, tl
+from fzero.kernels.nvidia import constexpr, jit, tl, widened
+from fzero.kernels.rounding import noises
 from fzero.kernels.storage import Stored, grouped, load_block, store_block
 
 # Elements that a program updates at a time.
@@ -30,43 +31,46 @@ BLOCKS = 8
 
 @jit
 def update_block(
-    out, state, g_in, scalars, keys, offset_in, length, block, numbers, FORMULA: tl.constexpr, STOCHASTIC: tl.constexpr
+    out, state, g_in, scalars, keys, offset_in, length, block, numbers,
+    FORMULA: tl.constexpr, SCALARS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Update one block: load, the formula, store. Launched without fused multiply-add."""
-    place, inside, row, row_inside = places(block, length)
+    at = places(block, length)
+    first, place, inside, _, _ = at
     values: tl.tuple = ()
     old: tl.tuple = ()
     for k in tl.static_range(len(state)):
-        value, raw = load_block(state[k], place, inside, row, row_inside)
+        value, raw = load_block(state[k], at)
         values = values + (value,)  # noqa: RUF005
         old = old + (raw,)  # noqa: RUF005
-    gradient = tl.load(g_in + place, inside, 0.0).to(tl.float32)
+    gradient = widened(tl.load(g_in + first + place, inside, 0.0))
     new, ok = FORMULA(values, gradient, scalars, numbers)
-    ok = ok & inside
+    factor = tl.load(scalars + SCALARS - 1)
 
-    index = place.to(tl.int32) + tl.load(offset_in)
-    word = mix(index, tl.load(keys), tl.load(keys + 1))
-    noise = (word & 0xFFFF, (word >> 16) & 0xFFFF, remix(word) & 0xFFFF)
+    index = place + (first.to(tl.int32) + tl.load(offset_in))
+    noise = noises(index, tl.load(keys), tl.load(keys + 1))
     for k in tl.static_range(len(state)):
         store_block(
-            out[k], new[k], values[k], old[k], ok, noise[k], place, inside, row, row_inside, STOCHASTIC
+            out[k], tl.where(ok, new[k], values[k]), old[k], factor, noise[k], at, STOCHASTIC
         )  # fmt: skip
 
 
 @jit
 def update_one(
-    out, state, g, scalars, keys, offset, length, numbers, FORMULA: tl.constexpr, STOCHASTIC: tl.constexpr
+    out, state, g, scalars, keys, offset, length, numbers,
+    FORMULA: tl.constexpr, SCALARS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Update one leaf, a block a program."""
     update_block(
-        out, state, g, scalars, keys, offset, length, tl.program_id(0), numbers, FORMULA, STOCHASTIC
+        out, state, g, scalars, keys, offset, length, tl.program_id(0), numbers, FORMULA, SCALARS, STOCHASTIC
     )  # fmt: skip
 
 
 @jit
 def update_many(
     table, programs, like, g_like, scalars, keys, offsets, numbers,
-    FORMULA: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    FORMULA: tl.constexpr, SCALARS: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Update many leaves. `like` and `g_like` are the state and the gradient of one, for their dtypes alone."""
     entry = tl.load(programs + tl.program_id(0))
@@ -91,7 +95,8 @@ def update_many(
     for i in range(BLOCKS):
         if (first + i) * _BLOCK < length:
             update_block(
-                out, state, g, scalars, keys + 2 * leaf, offsets + leaf, length, first + i, numbers, FORMULA, STOCHASTIC
+                out, state, g, scalars, keys + 2 * leaf, offsets + leaf, length, first + i, numbers,
+                FORMULA, SCALARS, STOCHASTIC,
             )  # fmt: skip
 
 
@@ -132,7 +137,7 @@ def launch(
     leaves = [i for i, g in enumerate(grads) if g.numel()]
     if not leaves:
         return
-    how = {"FORMULA": formula, "STOCHASTIC": stochastic, "enable_fp_fusion": False}
+    how = {"FORMULA": formula, "SCALARS": scalars.shape[0], "STOCHASTIC": stochastic, "enable_fp_fusion": False}
     with torch.cuda.device_of(grads[0]):
         # A graph that is being captured would copy from pinned memory again at each replay; launches cost it little.
         if len(leaves) > 1 and not (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):

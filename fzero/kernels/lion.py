@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.nvidia import jit, signed_as, tl
 from fzero.kernels.reference import LeafState
-from fzero.kernels.rounding import is_finite, jit, tl
+from fzero.kernels.rounding import is_finite
 from fzero.kernels.update import Update, define
 
 
@@ -70,25 +71,24 @@ def lion_formula(
     p, m = values
     decay, lr, factor = scalars.unbind()
     gradient = g.float() * factor
-    direction = torch.sign(m * b1 + gradient * (1 - b1))
-    return [p * decay - lr * direction, m * b2 + gradient * (1 - b2)], torch.isfinite(gradient)
+    mean = m * (b1 / (1 - b1)) + gradient
+    step = torch.where(mean > 0, lr, torch.where(mean < 0, -lr, 0.0))
+    return [p * decay - step, m * b2 + gradient * (1 - b2)], torch.isfinite(gradient)
 
 
 @jit
 def lion_kernel(values, g, scalars, numbers):
     """`lion_formula` for a block of elements; `numbers` are those of `lion_numbers`."""
     p, m = values
-    b1, one_minus_b1, b2, one_minus_b2 = numbers
+    share, b2, one_minus_b2 = numbers
     decay, lr, factor = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     gradient = g * factor
-    mean = m * b1 + gradient * one_minus_b1
-    direction = tl.where(mean > 0, 1.0, tl.where(mean < 0, -1.0, 0.0))
-    return (p * decay - lr * direction, m * b2 + gradient * one_minus_b2), is_finite(gradient)
+    return (p * decay - signed_as(lr, m * share + gradient), m * b2 + gradient * one_minus_b2), is_finite(gradient)
 
 
 def lion_numbers(b1: float, b2: float) -> tuple[float, ...]:
     """Return the numbers that `lion_kernel` takes."""
-    return b1, 1 - b1, b2, 1 - b2
+    return b1 / (1 - b1), b2, 1 - b2
 
 
 LION = Update("lion", lion_formula, ("p", "m"), 3, ("b1", "b2"), lion_kernel, lion_numbers)

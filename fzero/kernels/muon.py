@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fzero.kernels.nvidia import jit, tl
 from fzero.kernels.reference import LeafState
-from fzero.kernels.rounding import is_finite, jit, tl
+from fzero.kernels.rounding import is_finite
 from fzero.kernels.update import Update, define
 from fzero.random.bits import fold
 

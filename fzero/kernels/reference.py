@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fzero.kernels.compiled import run_in_place
 from fzero.kernels.storage import BLOCK, Stored, blocks_of, draws, grouped, is_quantized, load, store
-from fzero.random.bits import bits, remix, shift_right, signed
+from fzero.random.bits import noises, signed
 
 LeafState = Sequence[Tensor]
 # (values, gradient as it came, scalars, compiled=, **statics) -> new values, and which elements to change.
@@ -41,17 +42,19 @@ def reference(
         **statics: of the formula.
     """
     stored = grouped(state)
-    new, ok = formula([load(x) for x in stored], g, scalars, compiled=compiled, **statics)
+    values = [load(x) for x in stored]
+    new, ok = formula(values, g, scalars, compiled=compiled, **statics)
+    moves = torch.isfinite(scalars[-1])
     noise = _noise(keys, offset, g) if stochastic and any(map(draws, stored)) else [None] * 3
     results: list[Tensor] = []
-    for value, old, noise16 in zip(new, stored, noise, strict=False):
-        results += store(value, old, ok, noise16)
+    for value, old_value, old, noise16 in zip(new, values, stored, noise, strict=False):
+        results += store(torch.where(ok, value, old_value), old, moves, noise16)
     return results
 
 
 def _noise(keys: Tensor, offset: Tensor, like: Tensor) -> Sequence[Tensor | None]:
-    word = bits(keys, offset, like.numel()).view(like.shape)
-    return word & 0xFFFF, shift_right(word, 16), remix(word) & 0xFFFF
+    index = torch.arange(like.numel(), dtype=torch.int32, device=keys.device) + offset
+    return noises(index.view(like.shape), keys[0], keys[1])
 
 
 def update_in_place(

@@ -6,29 +6,15 @@ bfloat16 are written as operations on bits: Triton's interpreter truncates where
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fzero.kernels.nvidia import constexpr, jit, tl
 from fzero.random.bits import GOLDEN as _GOLDEN
 from fzero.random.bits import MULTIPLIERS
-
-# On a CPU kernels run as their torch references, and Triton takes as long to import as all of fzero. Nor is it
-# everywhere: it exists for Linux alone.
-_WANTED = bool(torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ)
-if _WANTED and importlib.util.find_spec("triton"):
-    import triton
-    import triton.language as tl
-else:
-    triton = tl = None
-
-jit: Any = triton.jit if triton else lambda function: function
-constexpr: Any = tl.constexpr if triton else lambda value: value
-
-__all__ = ["batched", "constexpr", "is_finite", "jit", "mix", "remix", "round_stochastic", "round_to", "tl"]
+from fzero.random.bits import STEP as _STEP
 
 # The quiet NaN that stochastic rounding writes, as the bits of a float32, and the smallest normal float16.
 _QUIET_NAN, _SMALLEST_HALF = 0x7FC00000, 2.0**-14
@@ -36,7 +22,7 @@ _QUIET_NAN, _SMALLEST_HALF = 0x7FC00000, 2.0**-14
 FIRST = constexpr(MULTIPLIERS[0])
 SECOND = constexpr(MULTIPLIERS[1])
 THIRD = constexpr(MULTIPLIERS[2])
-GOLDEN = constexpr(_GOLDEN)
+GOLDEN, STEP = constexpr(_GOLDEN), constexpr(_STEP)
 QUIET_NAN = constexpr(_QUIET_NAN)
 SMALLEST_HALF = constexpr(_SMALLEST_HALF)
 
@@ -48,22 +34,12 @@ def shift_right(x, n: tl.constexpr):
 
 
 @jit
-def mix(index, k0, k1):
-    """`fzero.random.bits.mix`: int32 random bits for each int32 index."""
-    x = index + k0
-    x = (x ^ shift_right(x, 17)) * FIRST
-    x = x ^ k1
-    x = (x ^ shift_right(x, 11)) * SECOND
-    x = (x ^ shift_right(x, 15)) + k0
-    x = x * THIRD
-    return x ^ shift_right(x, 14)
-
-
-@jit
-def remix(word):
-    """`fzero.random.bits.remix`: a second word of random bits from the first."""
-    x = word * GOLDEN
-    return x ^ shift_right(x, 16)
+def noises(index, k0, k1):
+    """`fzero.random.bits.noises`: three int32 of 16 random bits for each int32 index."""
+    x = (index + k0) * GOLDEN
+    x = (x ^ shift_right(x, 16) ^ k1) * STEP + k0
+    x = x ^ shift_right(x, 15)
+    return shift_right(x * FIRST, 16), shift_right(x * SECOND, 16), shift_right(x * THIRD, 16)
 
 
 @jit
@@ -77,13 +53,13 @@ def round_to(x, noise16, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
     elif dtype == tl.float16:
         rounded = (round_float16(x, noise16) if STOCHASTIC else x).to(tl.float16)
     else:
-        bits = x.to(tl.int32, bitcast=True)
+        # NaN becomes the quiet one, which no carry makes a number: what is computed here is a NaN of positive sign.
+        bits = tl.minimum(x.to(tl.int32, bitcast=True), QUIET_NAN)
         if STOCHASTIC:
             carried = bits + noise16
         else:
             carried = bits + 0x7FFF + ((bits >> 16) & 1)
-        high = tl.where(x != x, 0x7FC0, carried >> 16)
-        rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        rounded = (carried >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return rounded
 
 
@@ -100,8 +76,8 @@ def round_float16(x, noise16):
 
 @jit
 def is_finite(x):
-    """Whether float32 `x` is: its exponent bits are not all ones."""
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+    """Whether float32 `x` is."""
+    return tl.abs(x) < float("inf")
 
 
 def round_stochastic(x: Tensor, noise16: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fzero.kernels.rounding import jit, round_to, tl
+from fzero.kernels.nvidia import jit, tl
+from fzero.kernels.rounding import round_to
 
 # Columns that a Triton program takes at a time.
 BLOCK = 1024

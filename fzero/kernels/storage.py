@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero.kernels.codes import BLOCK, blocks_of, decode, decode_block, encode, encode_block, from_rows, to_rows
-from fzero.kernels.rounding import batched, jit, round_stochastic, round_to, tl
+from fzero.kernels.codes import BLOCK, blocks_of, decode, decode_block, encode, encode_block
+from fzero.kernels.nvidia import constexpr, jit, tl, widened
+from fzero.kernels.rounding import batched, round_stochastic, round_to
 
 __all__ = [
     "BLOCK", "Stored", "blocks_of", "decode", "encode", "grouped", "join_master", "load", "split_master", "store",
@@ -28,6 +29,7 @@ __all__ = [
 Stored = tuple[Tensor, ...]
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.uint8)
+BLOCK_ = constexpr(BLOCK)
 
 
 def grouped(tensors: Sequence[Tensor]) -> list[Stored]:
@@ -81,41 +83,27 @@ def load(stored: Stored) -> Tensor:
     return decode(*stored) if is_quantized(stored) else stored[0].float()
 
 
-def store(value: Tensor, old: Stored, ok: Tensor, noise16: Tensor | None) -> Stored:
-    """Return a new value stored as the old one was, and the old one where it is not to change.
-
-    Plain and split values keep their bits where `ok` is false. So does a quantized block with no element to change; in
-    any other block the values that stay are encoded again under the new scale.
+def store(value: Tensor, old: Stored, moves: Tensor, noise16: Tensor | None) -> Stored:
+    """Return a value stored as another one is. What is stored exactly keeps its bits, but for those of a NaN.
 
     Args:
         value: float32, shape of `old[0]`.
         old: what is stored now.
-        ok: boolean, shape of `value`: elements to change.
-        noise16: int32 of that shape, uniform in [0, 2^16): rounds stochastically. Without it, to nearest.
+        moves: boolean, 0-d: whether quantized values are encoded anew. Values that codes stand for find the same codes
+            again, unless they are too small for float32, below 2^-145.
+        noise16: int32 of the shape of `value`, uniform in [0, 2^16): rounds stochastically. Without it, to nearest.
 
     Example:
         >>> old = (torch.zeros(2, dtype=torch.bfloat16),)
-        >>> store(torch.tensor([1.001, 2.0]), old, torch.tensor([True, False]), None)
-        (tensor([1., 0.], dtype=torch.bfloat16),)
+        >>> store(torch.tensor([1.001, 2.0]), old, torch.tensor(True), None)
+        (tensor([1., 2.], dtype=torch.bfloat16),)
     """
     if is_split(old):
-        p, remainder = split_master(value)
-        return torch.where(ok, p, old[0]), torch.where(ok, remainder, old[1])
+        return split_master(value)
     if is_quantized(old):
-        return _store_quantized(value, old, ok, noise16)
-    return (torch.where(ok, _round_to(value, noise16, old[0].dtype), old[0]),)
-
-
-def _store_quantized(value: Tensor, old: Stored, ok: Tensor, noise16: Tensor | None) -> Stored:
-    if value.ndim == 1:
-        length = value.shape[0]
-        noise_rows = None if noise16 is None else to_rows(noise16)
-        rows = _store_quantized(to_rows(value), (to_rows(old[0]), old[1]), to_rows(ok), noise_rows)
-        return from_rows(rows[0], length), rows[1]
-    changed = ok.any(1)
-    # Not encode's own clamp: an old value that stays is finite, and so has to be what is compared with it.
-    codes, scales = encode(torch.where(ok, value, decode(*old)), signed=old[0].dtype == torch.int8, noise16=noise16)
-    return torch.where(changed[:, None], codes, old[0]), torch.where(changed, scales, old[1])
+        codes, scales = encode(value, signed=old[0].dtype == torch.int8, noise16=noise16)
+        return torch.where(moves, codes, old[0]), torch.where(moves, scales, old[1])
+    return (_round_to(value, noise16, old[0].dtype),)
 
 
 def _round_to(x: Tensor, noise16: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -190,47 +178,51 @@ class _Join(torch.autograd.Function):
 
 
 @jit
-def load_block(stored, place, inside, row, row_inside):
+def load_block(stored, at):
     """`load` for a block of rows of 128 elements.
 
     Args:
         stored: a tuple of pointers, as `Stored` is one of tensors.
-        place: (rows, 128): index of each element.
-        inside: whether there is such an element.
-        row: (rows,): index of each row.
-        row_inside: whether there is such a row.
+        at: from `fzero.kernels.codes.places`.
 
     Returns:
         The float32 values, and a tuple of what was read.
     """
-    x = tl.load(stored[0] + place, inside, 0)
+    first, place, inside, row, row_inside = at
+    x = tl.load(stored[0] + first + place, inside, 0)
     if len(stored) == 1:
-        return x.to(tl.float32), (x,)
+        return widened(x), (x,)
     elif x.dtype == tl.bfloat16:
-        remainder = tl.load(stored[1] + place, inside, 0)
+        remainder = tl.load(stored[1] + first + place, inside, 0)
         bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + remainder.to(tl.int32)
         return bits.to(tl.float32, bitcast=True), (x, remainder)
     else:
-        scales = tl.load(stored[1] + row, row_inside, 0.0)
+        scales = tl.load(stored[1] + first // BLOCK_ + row, row_inside, 0.0)
         return decode_block(x, scales), (x, scales)
 
 
 @jit
-def store_block(stored, value, old_value, old, ok, noise16, place, inside, row, row_inside, STOCHASTIC: tl.constexpr):
-    """`store` for a block of rows, into `stored`. `old_value` and `old` are from `load_block`."""
+def store_block(stored, value, old, factor, noise16, at, STOCHASTIC: tl.constexpr):
+    """`store` for a block of rows, into `stored`. `old` is from `load_block`."""
+    first, place, inside, row, row_inside = at
+    values = stored[0] + first + place
     if len(stored) == 1:
-        rounded = round_to(value, noise16, old[0].dtype, STOCHASTIC)
-        tl.store(stored[0] + place, tl.where(ok, rounded, old[0]), inside)
+        tl.store(values, round_to(value, noise16, old[0].dtype, STOCHASTIC), inside)
     elif old[0].dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         high = (bits + 0x8000) >> 16
         p = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
         remainder = (bits - (high << 16)).to(tl.int16)
-        tl.store(stored[0] + place, tl.where(ok, p, old[0]), inside)
-        tl.store(stored[1] + place, tl.where(ok, remainder, old[1]), inside)
+        tl.store(values, p, inside)
+        tl.store(stored[1] + first + place, remainder, inside)
     else:
-        changed = tl.max(ok.to(tl.int32), 1) > 0
-        kept = tl.where(ok, value, old_value)
-        codes, scales = encode_block(tl.where(inside, kept, 0.0), noise16, old[0].dtype == tl.int8, STOCHASTIC)
-        tl.store(stored[0] + place, tl.where(changed[:, None], codes, old[0]), inside)
-        tl.store(stored[1] + row, tl.where(changed, scales, old[1]), row_inside)
+        # Triton's interpreter spreads numbers, not truths.
+        moves = tl.abs(tl.broadcast_to(factor, place.shape)) < float("inf")
+        row_moves = tl.abs(tl.broadcast_to(factor, row.shape)) < float("inf")
+        kept = stored[1] + first // BLOCK_ + row
+        codes, scales = encode_block(value, noise16, old[0].dtype == tl.int8, STOCHASTIC)
+        tl.store(values, codes, inside & moves)
+        tl.store(kept, scales, row_inside & row_moves)
+        # Into other memory than the old one. A choice of what to store would be one for each element.
+        tl.store(values, old[0], inside & ~moves)
+        tl.store(kept, old[1], row_inside & ~row_moves)

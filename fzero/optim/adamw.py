@@ -38,14 +38,14 @@ class AdamW(Elementwise):
 
     def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
         weight_decay = self.weight_decay if decays else 0.0
-        return adamw_scalars(step, rate(self.lr, step), self.b1, self.b2, weight_decay, factor)
+        return adamw_scalars(step, rate(self.lr, step), self.b1, self.b2, self.eps, weight_decay, factor)
 
     def kernel(
         self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
     ) -> Sequence[LeafState]:
         return kernel(
             states, grads, scalars, rounding.keys, rounding.offsets,
-            b1=self.b1, b2=self.b2, eps=self.eps, stochastic=rounding.stochastic,
+            b1=self.b1, b2=self.b2, stochastic=rounding.stochastic,
         )  # fmt: skip
 
 
