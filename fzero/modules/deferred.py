@@ -27,11 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from optree import tree_leaves
 from torch import Tensor, nn
 
 from fzero.modules.recording import Recorder, draw_seed, on_meta, recording
-from fzero.modules.replay import Constant, View
+from fzero.modules.replay import Constant, View, leaves_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, submodule in module.named_modules():
         for name, value in vars(submodule).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                for i, leaf in enumerate(tree_leaves(value)):
+                for i, leaf in enumerate(leaves_of(value)):
                     if isinstance(leaf, Tensor) and id(leaf) not in registered:
                         yield f"{prefix}.{name}[{i}]", leaf
 

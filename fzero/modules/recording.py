@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from optree import tree_map
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fzero._torch import OpOverload, TorchDispatchMode, trunc_normal_replaced
 from fzero.errors import FzeroError, TraceError
-from fzero.modules.replay import Constant, Op, View, drawing, replay, tensors_of
+from fzero.modules.replay import Constant, Op, View, drawing, map_leaves, replay, tensors_of
 from fzero.operators import draws
 from fzero.operators import written as written_in
 
@@ -99,7 +98,7 @@ class Recorder(TorchDispatchMode):
         if "device" in kwargs or creates:
             kwargs["device"] = device
         try:
-            meta_args, meta_kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+            meta_args, meta_kwargs = map_leaves(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
             if "device" in kwargs:
                 meta_kwargs["device"] = "meta"
             results = func(*meta_args, **meta_kwargs)
@@ -139,7 +138,7 @@ class Recorder(TorchDispatchMode):
         random: bool,
     ) -> None:
         """Append one operation, with where its tensors lie at this moment."""
-        args, kwargs = tree_map(lambda x: self.source(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        args, kwargs = map_leaves(lambda x: self.source(x) if isinstance(x, Tensor) else x, (args, kwargs))
         writes = tuple(View.at(t) for t in written)
         results = tuple(None if t is None else View.at(t) for t in fresh)
         op = Op(func, name, args, kwargs, writes, results, random)
@@ -158,7 +157,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _run_with_values(self, func: OpOverload, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> Any:
-        args, kwargs = tree_map(lambda x: self.look(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        args, kwargs = map_leaves(lambda x: self.look(x) if isinstance(x, Tensor) else x, (args, kwargs))
         return self._run_real(func, args, kwargs, written)
 
     def look(self, t: Tensor) -> Tensor:

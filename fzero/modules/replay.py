@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import optree
 import torch
-from optree import tree_leaves, tree_map
 from torch import Tensor
 
 from fzero._torch import OpOverload
@@ -96,7 +96,7 @@ class Op:
     def read(self) -> set[torch.UntypedStorage]:
         """The storages whose values the operation needs."""
         arguments = (self.args[1:] if self.overwrites else self.args, self.kwargs)
-        return {x.storage for x in tree_leaves(arguments) if isinstance(x, View)}
+        return {x.storage for x in leaves_of(arguments) if isinstance(x, View)}
 
     @cached_property
     def written(self) -> set[torch.UntypedStorage]:
@@ -143,7 +143,7 @@ class _Memory(dict[torch.UntypedStorage, torch.UntypedStorage]):
 
 def _run(op: Op, memory: _Memory, unused: set[torch.UntypedStorage]) -> None:
     """Run one recorded operation; the storages in `unused` are not needed after it."""
-    args, kwargs = tree_map(memory.real, (op.args, op.kwargs))
+    args, kwargs = map_leaves(memory.real, (op.args, op.kwargs))
     if "device" in kwargs:
         kwargs["device"] = memory.device
     results = (_in_place(op, unused) or op.func)(*args, **kwargs)
@@ -156,7 +156,7 @@ def _in_place(op: Op, unused: set[torch.UntypedStorage]) -> Callable[..., Tensor
     """Return a function that does `op` in the memory of its first argument, if that is possible."""
     if len(op.results) != 1 or op.results[0] is None or op.writes or not op.args or not isinstance(op.args[0], View):
         return None
-    source, others = op.args[0], tree_leaves((op.args[1:], op.kwargs))
+    source, others = op.args[0], leaves_of((op.args[1:], op.kwargs))
     shared = any(isinstance(x, View) and x.storage is source.storage for x in others)
     if shared or source.storage not in unused or not source.fits(op.results[0]):
         return None
@@ -185,6 +185,19 @@ def drawing(device: torch.device, seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
+# fzero's own trees would open a `View`, which is a dataclass; optree's types know nothing of what a call returns.
+
+
+def leaves_of(x: Any) -> list[Any]:
+    """Return what stands in lists, tuples and dicts."""
+    return optree.tree_leaves(x)
+
+
+def map_leaves(f: Callable[[Any], Any], x: Any) -> Any:
+    """Apply `f` to what stands in lists, tuples and dicts."""
+    return optree.tree_map(f, x)
+
+
 def tensors_of(arguments: Any) -> list[Tensor]:
     """Return the tensors in lists, tuples and dicts."""
-    return [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    return [x for x in leaves_of(arguments) if isinstance(x, Tensor)]
