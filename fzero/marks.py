@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
-from fzero._torch import get_proxy_mode, source_name, storage_id, unwrapped
+from fzero._torch import get_proxy_mode, storage_id
+from fzero.wrapped import source_name, unwrapped
 
 # Where the files of fzero and of torch lie.
 OWN = __file__.removesuffix("marks.py")

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import fzero as fz
-from fzero._torch import gloo_threads, one_gloo_thread
 from fzero.ranks import collectives
+from fzero.ranks.groups import gloo_threads, one_gloo_thread
 from tests import world
 
 

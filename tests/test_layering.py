@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "fzero"
 
 # A file imports only from entries above its own. Files on one line are one entry, a folder is one.
 HOUSE = [
-    "nodes tree",
+    "own_thread wrapped nodes tree",
     "calls",
     "display",
     "operators",

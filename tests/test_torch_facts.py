@@ -25,15 +25,14 @@ from fzero._torch import (
     TorchDispatchMode,
     c10d,
     data_dependent_errors,
-    functorch_level,
     is_functorch_wrapped,
     make_fx,
     storage_id,
     torch_nodes,
     torch_pytree,
     unwrap_if_dead,
-    unwrapped,
 )
+from fzero.wrapped import functorch_level, unwrapped
 from tests import world
 
 # torch compiles its jvp rules with torch.jit.script on first use, which warns of itself.

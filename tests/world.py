@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fzero._torch import one_gloo_thread
+from fzero.ranks.groups import one_gloo_thread
 
 MAX_SIZE = 4
 START_DEADLINE = 120.0  # seconds for a new process; before the first, torch is imported

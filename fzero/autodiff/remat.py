@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fzero import tree
-from fzero._torch import functorch_level, is_functorch_wrapped, unwrap_if_dead
+from fzero._torch import is_functorch_wrapped, unwrap_if_dead
 from fzero.autodiff.open import is_float
 from fzero.errors import TraceError
 from fzero.precision.autocast import autocast_here, under_autocast
 from fzero.random.keyed import current_draw
+from fzero.wrapped import functorch_level
 
 
 def remat(f: Callable[..., Any], policy: None = None) -> Callable[..., Any]:

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from fzero import tree
-from fzero._torch import (
-    FakeTensor,
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    is_functorch_wrapped,
-    record_call,
-    traced_node,
-)
+from fzero._torch import FakeTensor, disable_proxy_modes_tracing, get_proxy_mode, is_functorch_wrapped
 from fzero.errors import TraceError
 from fzero.marks import marks_of, set_marks
-from fzero.program.graph.loop import Kind, part_of, run_loop
+from fzero.program.graph.loop import Kind, part_of, record_loop, run_loop
 from fzero.program.graph.sizes import part_like
 from fzero.program.graph.trace import check_keyed, graph_of, results
 from fzero.random.keyed import current_draw, drawing_from
+from fzero.wrapped import traced_node
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ def _record(rounds: Rounds) -> list[Tensor]:
     for tensor in closed:
         if traced_node(tensor) is None:
             raise _closes_over(tensor, "another trace computes")
-    return record_call(run_loop, (module, known, rounds.index, sums, [*whole, *closed], list(rounds.batch)), totals)
+    return record_loop((module, known, rounds.index, sums, [*whole, *closed], list(rounds.batch)), totals)
 
 
 def _add_up(module: fx.GraphModule, kinds: Sequence[Kind]) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import is_connected, is_functorch_wrapped, storage_id, under_dynamo
+from fzero._torch import is_functorch_wrapped, storage_id, under_dynamo
 from fzero.autodiff.inner import constants_refused
 from fzero.autodiff.open import Opened, Reduce, is_float
 from fzero.errors import CotangentError, GradientError
@@ -32,6 +32,7 @@ from fzero.modules.explain import explaining
 from fzero.precision.wide_sums import Summing, summing
 from fzero.ranks.peers import collective
 from fzero.sharding.sharded import held
+from fzero.wrapped import is_connected
 
 Pullback = Callable[[Any], tuple[Any, ...]]
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fzero import _torch
+from fzero.own_thread import in_own_thread
 from fzero.random.bits import signed
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def compiled(key: Key) -> Update | None:
     failure: Exception | None = None
     for settings in _settings():
         try:
-            return _torch.in_own_thread(functools.partial(_trace_and_compile, key, settings))
+            return in_own_thread(functools.partial(_trace_and_compile, key, settings))
         except Exception as error:  # Inductor and the tools under it raise anything
             failure = error
     _compiler.works = False

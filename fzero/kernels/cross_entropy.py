@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fzero._torch import count_flops_of
+from fzero.kernels.counted import count_flops_of
 from fzero.kernels.softmax_chunk import fold_reference, gradient_reference, launch_fold, launch_gradient
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -26,20 +26,16 @@ from fzero._torch import (
     TRANSFORMS,
     OpOverload,
     TorchDispatchMode,
-    below_transforms,
     c10d,
     finished_work,
-    group_of,
-    is_batched,
-    is_constant,
-    is_differentiated,
-    reduction_of,
     torch_pytree,
     transforms_off,
 )
 from fzero.errors import FzeroError, GradientError, ModuleError, ShapeError, TraceError
 from fzero.modules.explain import COLLECTIVES, line_here, line_of_user
 from fzero.operators import written
+from fzero.ranks.groups import group_of, reduction_of
+from fzero.wrapped import below_transforms, is_batched, is_constant, is_differentiated
 
 # What a call writes: tensors that it was given, each with what it is to hold.
 _Pairs = list[tuple[Tensor, Tensor]]

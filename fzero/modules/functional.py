@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fzero import tree
-from fzero._torch import hooks_on_gradients, is_transformed_now, storage_id, unwrapped
+from fzero._torch import hooks_on_gradients, storage_id
 from fzero.calls.nearest import nearest
 from fzero.errors import BufferWriteError, ModuleError, ParameterWriteError, TreeError
 from fzero.marks import blocks_marked
@@ -31,6 +31,7 @@ from fzero.modules.deferred import deferred, without_parameters
 from fzero.modules.explain import explaining
 from fzero.modules.switches import Shortcuts, surroundings
 from fzero.modules.writes import read_only
+from fzero.wrapped import is_transformed_now, unwrapped
 
 Tree = dict[str, Any]
 

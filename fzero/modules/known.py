@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from fzero._torch import OpOverload, TorchDispatchMode, modes_off, storage_id, traced_node
+from fzero._torch import OpOverload, TorchDispatchMode, modes_off, storage_id
 from fzero.operators import is_pure, written_by
 from fzero.random.keyed import check_can_be_keyed
+from fzero.wrapped import traced_node
 
 # What reads values. Operations whose result has a shape that depends on values stay refused.
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fzero._torch import get_proxy_mode, transforms_nest
+from fzero._torch import get_proxy_mode
 from fzero.modules.known import answering, is_known
+from fzero.wrapped import transforms_nest
 
 # The module of Transformers that builds attention masks, and the function that it asks whether it may read values.
 _MASKS, _MAY_NOT_READ = "transformers.masking_utils", "is_tracing"

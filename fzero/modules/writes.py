@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fzero._torch import TorchDispatchMode, dispatch_modes, storage_id, unwrapped
+from fzero._torch import TorchDispatchMode, dispatch_modes, storage_id
 from fzero.errors import ModuleError, ParameterWriteError
 from fzero.modules.explain import line_here
+from fzero.wrapped import unwrapped
 
 _aten = torch.ops.aten
 # Operators whose gradient is a sparse tensor, and the argument that says so.

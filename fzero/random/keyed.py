@@ -15,13 +15,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fzero._torch import OpOverload, dispatch_modes, trunc_normal_replaced, unwrapped
+from fzero._torch import OpOverload, dispatch_modes, trunc_normal_replaced
 from fzero.errors import RandomOpError
 from fzero.operators import draws, written
 from fzero.precision.wide_sums import Summing
 from fzero.random.bits import fold, signed
 from fzero.random.draws import DRAWS, REFUSED, drawn, named, truncated_normal_
 from fzero.tree import describe
+from fzero.wrapped import unwrapped
 
 
 def keyed(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fzero._torch import gloo_threads, one_gloo_thread, release_groups, set_group_deadline
+from fzero._torch import set_group_deadline
 from fzero.calls import shown
 from fzero.errors import MeshError
 from fzero.ranks.axis import Axis
+from fzero.ranks.groups import gloo_threads, one_gloo_thread, release_groups
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import function_modes_off, record_call
-from fzero.program.graph.loop import run_loop
+from fzero._torch import function_modes_off
+from fzero.program.graph.loop import record_loop, run_loop
 from fzero.program.graph.trace import Trace
 
 
@@ -28,4 +28,4 @@ class _Inliner(fx.Interpreter):
         # A loop stays one node: its body is a graph of its own.
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         assert not kwargs, "a loop is recorded with positional arguments"
-        return record_call(run_loop, args, [torch.empty_like(x) for x in n.meta["val"]])
+        return record_loop(args, [torch.empty_like(x) for x in n.meta["val"]])

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from fzero._torch import get_proxy_mode, torch_pytree, track_tensor_tree
+
 Kind = Literal["sum", "stack", "same"]
 
 
@@ -88,6 +90,27 @@ class LoopCall:
 def loop_call(node: fx.Node) -> LoopCall:
     """Return what a node that calls `run_loop` gives it."""
     return LoopCall(*node.args)  # type: ignore[arg-type]
+
+
+def record_loop(args: tuple[Any, ...], results: list[Tensor]) -> list[Tensor]:
+    """Put a call of `run_loop` into the graph that is being traced, as one node whose results look like `results`.
+
+    The body, a graph module, becomes an attribute of the graph's own.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None, "recording happens inside a trace"
+    tracer: Any = mode.tracer
+
+    def proxy(x: Any) -> Any:
+        if isinstance(x, fx.GraphModule):
+            name = f"body_{len(list(tracer.root.children()))}"
+            tracer.root.add_module(name, x)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return tracer.unwrap_proxy(x) if isinstance(x, Tensor) else x
+
+    node = tracer.create_proxy("call_function", run_loop, torch_pytree.tree_map(proxy, args), {})
+    tracked: list[Tensor] = track_tensor_tree(results, node, constant=None, tracer=tracer)
+    return tracked
 
 
 def part_of(x: Tensor, i: int, n: int) -> Tensor:

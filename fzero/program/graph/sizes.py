@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import FakeTensorMode, python_of, sizes_env
+from fzero._torch import FakeTensorMode, floor_div, python_of, size_source, sizes_env
 from fzero.marks import current_line
 
 Dim = tuple[int, int]  # an input, and one of its dimensions
@@ -78,11 +78,11 @@ class Symbols:
 
     def __init__(self, dims: Sequence[Dim], shapes: Shapes, names: Sequence[str], checked: Iterable[int]) -> None:
         self.checked = sorted(checked)
-        self.env = sizes_env(current_line)
+        self.env = sizes_env()(current_line)
         self.shapes = [tuple(shape) for shape in shapes]
         self.names = names
         self.sizes: dict[Dim, torch.SymInt] = {
-            (i, d): self.env.new_size(self.shapes[i][d], f"{names[i]}[{d}]") for i, d in dims
+            (i, d): _new_size(self.env, self.shapes[i][d], f"{names[i]}[{d}]") for i, d in dims
         }
         self.symbols: dict[Dim, Any] = {dim: size.node.expr for dim, size in self.sizes.items()}
 
@@ -111,7 +111,8 @@ class Symbols:
         lines, texts = [], []
         names = {str(symbol): f"{self.names[i]}[{d}]" for (i, d), symbol in self.symbols.items()}
         names |= {str(part): f"({python_of(whole)})" for part, whole in self.env.parts.items()}
-        for expression, place in self.env.conditions():
+        for guard in self.env.guards:
+            expression, place = guard.expr, str(guard.sloc.framework_loc)
             code = python_of(expression)
             lines.append(code)
             texts.append(f"{_named(code, names)}{place}")
@@ -141,8 +142,29 @@ class Symbols:
 def part_like(x: Tensor, n: int) -> Tensor:
     """Return a tensor such as an n-th of dimension 0 of another. An open size has open parts."""
     size: Any = x.shape[0]
-    size = size.node.shape_env.part(size, n) if isinstance(size, torch.SymInt) else size // n
-    return x.narrow(0, 0, size)
+    return x.narrow(0, 0, _part(size, n) if isinstance(size, torch.SymInt) else size // n)
+
+
+def _new_size(env: Any, hint: int, name: str) -> Any:
+    """Return a new symbol for a size that is `hint` here, and at least 2 elsewhere."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic  # loads sympy
+
+    source = size_source(name)
+    return env.create_symintnode(env.create_symbol(hint, source, DimDynamic.DYNAMIC), hint=hint, source=source)
+
+
+def _part(size: torch.SymInt, n: int) -> Any:
+    """Return the n-th part of a size that `n` divides, as a symbol: it is known inside a loop's body."""
+    env, hint = size.node.shape_env, size.node.hint // n
+    if hint < 2:
+        return int(size) // n
+    whole = floor_div(size.node.expr, n)
+    for symbol, known in env.parts.items():
+        if known == whole:
+            return env.create_symintnode(symbol, hint=hint)
+    made = _new_size(env, hint, f"part {len(env.parts)}")
+    env.parts[made.node.expr] = whole
+    return made
 
 
 def _fake(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import in_own_thread, standalone_compile_static
+from fzero._torch import standalone_compile_static
+from fzero.own_thread import in_own_thread
 from fzero.program.graph.trace import Trace, attribute
 from fzero.program.lower.constants import constants_of
 from fzero.program.lower.python import Lowered, lower_graph

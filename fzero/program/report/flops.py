@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fzero._torch import OpOverload, count_flops_of, flop_formulas
+from fzero._torch import OpOverload
+from fzero.kernels.counted import count_flops_of, flop_formulas
 from fzero.kernels.cross_entropy import FLOPS
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.walk import calls, vals
