@@ -33,20 +33,21 @@ from fzero.kernels.nvidia import constexpr, jit, narrowed, reciprocal, tl, widen
 BLOCK = 128
 
 SIGNED_TOP, UNSIGNED_TOP = 127, 255
-# Bits of a float32 that a code leaves out; and what its other bits are, as an integer, for 1.
+# A code keeps the head of a float32 and leaves out its tail, the last 20 bits. ONE is the head of 1.0, 0x3F800000 >> 20.
 TAIL = 20
 ONE = 127 << 3
-# How much of a tail a value of noise is worth, which has 16 bits; and the noise that rounds to nearest.
+# Noise has 16 bits and a tail 20, so a unit of noise is 16 units of the tail. Noise of HALF rounds to nearest.
 TAIL_NOISE, HALF = 1 << (TAIL - 16), 32768
 # Values are encoded by 4 to 8 units of a float32's last place too large, half of what a value of noise is worth. So one
 # that a code stands for rounds to that code by any noise, though it is multiplied by a reciprocal.
 MARGIN = 1 + 2.0**-21
-# What a value of noise is worth below the least signed value, and the least code of an unsigned one above zero.
+# Below the least signed value, 1.25 · 2^-16 of the scale, a unit of noise is a 2^16-th of that value. An unsigned value
+# above zero has code 40 at least, 1.125 · 2^-27 of the scale.
 UNIT, FLOOR = 1.25 * 2.0**-32, 40
 # The range of scales above zero, and of what is encoded: reciprocals of them are float32 numbers of full precision.
 LEAST, LARGEST = 2.0**-126, 2.0**126
 
-# How far codes lie below the heads of their floats.
+# A code is its head less a shift, so that the head of 1.0 becomes the largest code, 127 or 255.
 SIGNED_SHIFT, UNSIGNED_SHIFT = ONE - SIGNED_TOP, ONE - UNSIGNED_TOP
 _SIGNED_SHIFT, _UNSIGNED_SHIFT = constexpr(SIGNED_SHIFT), constexpr(UNSIGNED_SHIFT)
 _TAIL, _TAIL_NOISE, _MARGIN = constexpr(TAIL), constexpr(TAIL_NOISE), constexpr(MARGIN)
