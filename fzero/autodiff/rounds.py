@@ -39,6 +39,7 @@ class Rounds:
 
     @property
     def n(self) -> int:
+        """The number of micro-batches."""
         return self.index.shape[0]
 
 

@@ -33,7 +33,7 @@ from fzero.kernels.nvidia import constexpr, jit, narrowed, reciprocal, tl, widen
 BLOCK = 128
 
 SIGNED_TOP, UNSIGNED_TOP = 127, 255
-# A code keeps the head of a float32 and leaves out its tail, the last 20 bits. ONE is the head of 1.0, 0x3F800000 >> 20.
+# A code keeps the head of a float32 and leaves out its tail, of 20 bits. ONE is the head of 1.0: 0x3F800000 >> 20.
 TAIL = 20
 ONE = 127 << 3
 # Noise has 16 bits and a tail 20, so a unit of noise is 16 units of the tail. Noise of HALF rounds to nearest.
