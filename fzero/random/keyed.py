@@ -15,13 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fzero import tree
 from fzero._torch import OpOverload, dispatch_modes, trunc_normal_replaced
 from fzero.errors import RandomOpError
 from fzero.operators import draws, written
 from fzero.precision.wide_sums import Summing
 from fzero.random.bits import fold, signed
 from fzero.random.draws import DRAWS, REFUSED, drawn, named, truncated_normal_
-from fzero.tree import describe
 from fzero.wrapped import unwrapped
 
 
@@ -50,9 +50,11 @@ def keyed(f: Callable[..., Any]) -> Callable[..., Any]:
 
     def g(key: int | Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(key, Tensor):
-            key = torch.tensor(signed(key), dtype=torch.int32)
+            # Where the arguments are: a copy to there would wait for the device, and no CUDA graph records it.
+            device = next((x.device for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+            key = torch.full((), signed(key), dtype=torch.int32, device=device)
         if key.ndim or key.is_floating_point() or key.is_complex():
-            raise TypeError(f"fz.keyed: the key must be an integer of shape (), got {describe(key)}.")
+            raise TypeError(f"fz.keyed: the key must be an integer of shape (), got {tree.describe(key)}.")
         with drawing_from(key):
             return f(*args, **kwargs)
 
