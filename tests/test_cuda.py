@@ -218,7 +218,9 @@ def test_a_loop_of_plain_pytorch(policy: str, traced: bool) -> None:
 
 MASKS: dict[str, Callable[[Any, Any], Tensor]] = {
     "fz.attention": lambda x, mask: fz.attention(*x, mask=mask),
-    "cast by the caller": lambda x, mask: F.scaled_dot_product_attention(*x, attn_mask=mask.to(x[0].dtype)),
+    "cast by the caller": lambda x, mask: F.scaled_dot_product_attention(
+        x[0], x[1], x[2], attn_mask=mask.to(x[0].dtype)
+    ),
 }
 
 
