@@ -7,9 +7,9 @@ from fzero.autodiff.residuals import Residuals as Residuals
 from fzero.autodiff.residuals import SavedResiduals as SavedResiduals
 from fzero.autodiff.split_vjp import residuals as residuals
 from fzero.autodiff.split_vjp import split_vjp as split_vjp
+from fzero.autodiff.value_and_grad import grad as grad
+from fzero.autodiff.value_and_grad import value_and_grad as value_and_grad
 from fzero.autodiff.vjp import call as call
-from fzero.autodiff.vjp import grad as grad
-from fzero.autodiff.vjp import value_and_grad as value_and_grad
 from fzero.autodiff.vjp import vjp as vjp
 from fzero.errors import BatchError as BatchError
 from fzero.errors import BufferWriteError as BufferWriteError

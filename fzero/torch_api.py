@@ -27,6 +27,7 @@ from fzero.optim.base import Optimizer
 from fzero.program.jit import jit
 from fzero.sharding.algebra import add
 from fzero.sharding.sharded import Sharded
+from fzero.torch_crossing import crossing
 from fzero.torch_names import missing
 from fzero.train.state import State, init
 from fzero.train.step import Skip, apply_gradients
@@ -121,7 +122,7 @@ class Model:
         """
         tracked, rest, hollow = tree.split((args, kwargs), lambda x: x.requires_grad)
         state, inputs = self._drawing_anew(), [x.detach() for x in tracked]
-        others = rest, _Static(hollow), self.buffers, self.training
+        others = rest, hollow, self.buffers, self.training
         if not torch.is_grad_enabled():
             output, self.buffers = call(lambda params: self._run(params, inputs, *others), state)
             return output
@@ -188,12 +189,12 @@ class Model:
         return self.state.for_microbatch(torch.full((), number, dtype=torch.int32, device=self.state.mesh.device))
 
     def _run(
-        self, params: Any, inputs: list[Tensor], rest: list[Tensor], static: _Static, buffers: Any, training: bool
+        self, params: Any, inputs: list[Tensor], rest: list[Tensor], hollow: tree.Hollow, buffers: Any, training: bool
     ) -> tuple[Any, Any]:
         """Run the function on full parameters: a pure function of its arguments, so that it may be traced."""
         # Traced, all arguments are primals. Nothing is to be computed for those that are not to be differentiated.
         rest, buffers = tree.map(torch.detach, (rest, buffers))
-        positional, keywords = self._cast(static.hollow.fill(inputs, rest))
+        positional, keywords = self._cast(hollow.fill(inputs, rest))
         if buffers is None:
             return self._widened(self._functions[training](params, *positional, **keywords)), None
         output, buffers = self._functions[training](params, buffers, *positional, **keywords)
@@ -219,14 +220,10 @@ class Model:
                 "torch_api.Model: the function closes over a tensor that requires grad, whose gradient would be lost. "
                 "Pass it to the call as an argument."
             )
-        crossing = _Crossing(self, lambda bars: pullback(hollow.fill(bars, [None] * len(others))))
-        token = torch.zeros((), device=self.state.mesh.device, requires_grad=True)
-        token.register_hook(crossing.collect)
-        # A tensor that the pullback itself holds would close a circle through the node that holds the pullback.
-        outputs = [x.detach() for x in floats]
-        with torch.autograd.graph.saved_tensors_hooks(crossing.pack, crossing.unpack):
-            joined = _Node.apply(crossing, outputs, token, *tracked)
-        return hollow.fill(joined, others)
+        outputs = crossing(
+            lambda bars: pullback(hollow.fill(bars, [None] * len(others))), floats, tracked, self._add, self.device
+        )
+        return hollow.fill(outputs, others)
 
     def _add(self, gradient: Sharded) -> None:
         # Factors differ where the loss scale has moved between two calls; `add` brings them together.
@@ -279,76 +276,6 @@ def wrap(
     if configs[0] is not None:
         model.config = configs[0]
     return model
-
-
-class _Static:
-    """The arguments of a call without their tensors: a constant of its trace, so no dataclass, which is a tree."""
-
-    def __init__(self, hollow: tree.Hollow) -> None:
-        self.hollow = hollow
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.hollow == other.hollow
-
-    def __hash__(self) -> int:
-        return hash(self.hollow)
-
-    def __repr__(self) -> str:
-        return repr(self.hollow)
-
-
-class _Crossing:
-    """What one call of a model leaves for its backward.
-
-    The pullback is kept where autograd keeps saved tensors. So autograd frees it after a backward that does not retain
-    the graph, however long the loss lives, and refuses a second one in its own words.
-    """
-
-    def __init__(self, model: Model, pullback: Callable[[tuple[Tensor, ...]], tuple[Any, ...]]) -> None:
-        self.model = model
-        self.packing: Any = pullback
-        self.unpacked: Any = None
-        self.gradient: Sharded | None = None
-
-    def pack(self, saved: Tensor) -> Any:
-        pullback, self.packing = self.packing, None
-        return saved, pullback
-
-    def unpack(self, packed: Any) -> Tensor:
-        saved, self.unpacked = packed
-        return saved
-
-    def pull(self, context: Any, cotangents: tuple[Tensor, ...]) -> list[Tensor]:
-        """Run the pullback; return the cotangents of the inputs and keep the gradient for `collect`."""
-        context.saved_tensors  # noqa: B018 - unpacks, or raises where the graph was freed
-        pullback, self.unpacked = self.unpacked, None
-        self.gradient, inputs, *_ = pullback(cotangents)
-        return inputs
-
-    def collect(self, _: Tensor) -> None:
-        """Add the gradient to the model's: a hook of a leaf, which `torch.autograd.grad` of others does not reach."""
-        gradient, self.gradient = self.gradient, None
-        if gradient is not None:
-            self.model._add(gradient)
-
-
-class _Node(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, crossing: _Crossing, outputs: list[Tensor], token: Tensor, *inputs: Tensor) -> Any:
-        ctx.crossing = crossing
-        ctx.save_for_backward(token.detach())
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "torch_api.Model: create_graph=True asks for a second derivative through the call of a sharded model. "
-                "Write it as a function instead: fz.grad inside the function of fz.value_and_grad, or torch.func.jvp "
-                "of fz.grad."
-            )
-        inputs = ctx.crossing.pull(ctx, cotangents)
-        return None, None, torch.zeros((), device=ctx.crossing.model.state.mesh.device), *inputs
 
 
 def _in_reduce_dtype(gradient: Sharded) -> Sharded:

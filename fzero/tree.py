@@ -203,6 +203,10 @@ class Hollow:
         return unflatten(self.treedef, [next(sources[s]) if isinstance(s, Slot) else s for s in self.slots])
 
 
+# In another tree it is static: a constant of a trace, of which no leaf is an input.
+register(Hollow, lambda hollow: ((), hollow, ()), lambda hollow, _: hollow)
+
+
 def split(tree: Any, select: Callable[[Tensor], bool] = lambda _: True) -> tuple[list[Tensor], list[Tensor], Hollow]:
     """Return the tensors of a tree that `select` picks, its other tensors, and the tree without them.
 

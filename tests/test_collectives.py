@@ -18,7 +18,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fzero as fz
 from fzero._torch import c10d, make_fx
-from fzero.ranks.collectives import _SMALL, _sum_parts, all_gather, all_reduce, all_to_all, pad, reduce_scatter
+from fzero.ranks.collectives import _SMALL, all_gather, all_reduce, all_to_all, pad, reduce_scatter
+from fzero.ranks.sums import sum_parts
 from tests import world
 from tests.pairwise import pairwise
 
@@ -184,11 +185,11 @@ def test_all_reduce_takes_any_shape_and_gives_every_rank_the_same_bits(size):
 @pytest.mark.parametrize("n", [1, 3, 17, 1000])
 def test_parts_are_added_in_rank_order_wherever_an_element_stands(n, count):
     x = torch.randn(count, n)
-    assert torch.equal(_sum_parts(x.flatten(), count, torch.float32), in_rank_order(x, torch.float32))
+    assert torch.equal(sum_parts(x.flatten(), count, torch.float32), in_rank_order(x, torch.float32))
 
 
 def test_many_parts_are_added_too():
-    assert _sum_parts(torch.ones(1000, dtype=torch.bfloat16), 500, torch.bfloat16).tolist() == [500, 500]
+    assert sum_parts(torch.ones(1000, dtype=torch.bfloat16), 500, torch.bfloat16).tolist() == [500, 500]
 
 
 def along_two_axes(x: Tensor) -> tuple[Tensor, ...]:

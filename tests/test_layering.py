@@ -28,7 +28,7 @@ HOUSE = [
     "program",
     "autodiff",
     "train",
-    "torch_names",
+    "torch_names torch_crossing",
     "torch_api",
 ]
 

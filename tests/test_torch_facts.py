@@ -323,7 +323,7 @@ def test_tensors_that_share_memory_have_one_storage_id():
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 31, 33, 1000])
 def test_up_to_four_rows_are_summed_in_their_order(n, rows):
-    """`_sum_parts` relies on it. Of more rows, the order depends on the column."""
+    """`sum_parts` relies on it. Of more rows, the order depends on the column."""
     x = torch.randn(rows, n)
     total = x[0]
     for row in x[1:]:

@@ -21,7 +21,7 @@ from fzero import tree
 from fzero.autodiff.batch import Batch, HasMicrobatches, check_whole, parameters_of
 from fzero.autodiff.rounds import Rounds, in_loop, one_by_one
 from fzero.autodiff.terms import Recipe, taken_apart
-from fzero.autodiff.vjp import ValueAndGrad
+from fzero.autodiff.value_and_grad import ValueAndGrad
 from fzero.autodiff.weights import mean_over, ranks_of, relative, weight_of
 from fzero.errors import BatchError
 from fzero.ranks.peers import together
@@ -61,7 +61,7 @@ def accumulate(
         TraceError: from the call under `fz.jit`: `f` closes over a tensor that is being differentiated.
 
     Example:
-        >>> from fzero.autodiff.vjp import value_and_grad
+        >>> from fzero.autodiff.value_and_grad import value_and_grad
         >>> gradient = accumulate(value_and_grad(lambda w, x: (w * x).mean()), 2)
         >>> gradient(torch.tensor(1.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
         (tensor(2.5000), tensor(2.5000))

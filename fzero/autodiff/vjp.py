@@ -13,10 +13,8 @@ no other rank. Ranks meet only in the gather before it and in the reduction afte
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -93,12 +91,12 @@ def vjp(
         (tensor([ 5., 50.]), tensor(32.))
     """
     refuse_dynamo("fz.vjp")
-    output, pullback, aux = _vjp(f, primals, tuple(range(len(primals))), has_aux=has_aux, reduce=reduce)
+    output, pullback, aux = pulled_back(f, primals, tuple(range(len(primals))), has_aux=has_aux, reduce=reduce)
     return (output, pullback, aux) if has_aux else (output, pullback)
 
 
-@collective("fz.vjp", lambda f, arguments, positions, **_: _held(arguments, positions))
-def _vjp(
+@collective("fz.vjp", lambda f, arguments, positions, **_: held_by(arguments, positions))
+def pulled_back(
     f: Callable[..., Any],
     arguments: Sequence[Any],
     positions: tuple[int, ...],
@@ -156,7 +154,7 @@ def _vjp(
     expected = tree.map(abstract, output)
     plain = not any(_is_tracked(x) for x in leaves)
 
-    @collective("pullback", lambda *_: _held(arguments, positions))
+    @collective("pullback", lambda *_: held_by(arguments, positions))
     def pullback(cotangent: Any, counts: Tensor | None = None) -> tuple[Any, ...]:
         opened.check_not_donated()
         cotangents = check_cotangent(expected, cotangent)
@@ -174,116 +172,6 @@ def _vjp(
             return opened.gradients(gradients, reduce)
 
     return output, pullback, aux
-
-
-@dataclass(frozen=True)
-class ValueAndGrad:
-    """What `value_and_grad` and `grad` return: a function that knows which arguments it differentiates."""
-
-    f: Callable[..., Any]
-    argnums: int | tuple[int, ...] = 0
-    has_aux: bool = False
-    reduce: Reduce = "mean"
-    only_grad: bool = False
-
-    @property
-    def differentiated(self) -> tuple[int, ...]:
-        """The positions of the arguments that are differentiated."""
-        return (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
-
-    @collective("fz.value_and_grad", lambda self, *args, **kwargs: _held((*args, kwargs), self.differentiated))
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.weighted(None, *args, **kwargs)
-
-    def weighted(self, weight: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, with the gradient of `weight` times the value: a number of shape () for each rank.
-
-        Where it is zero so is this rank's part of the gradient, even if the value is a mean over nothing.
-        """
-        refuse_dynamo("fz.value_and_grad")
-        for position in self.differentiated:
-            if not 0 <= position < len(args):
-                raise TypeError(
-                    f"fz.value_and_grad: argnums={self.argnums} names argument {position}, and f was called with "
-                    f"{len(args)} positional arguments."
-                )
-
-        if len(set(self.differentiated)) < len(self.differentiated):
-            raise TypeError(f"fz.value_and_grad: argnums={self.argnums} names an argument twice.")
-
-        @functools.wraps(self.f, updated=())
-        def on_arguments(*opened: Any) -> Any:
-            *positional, keywords = opened
-            return self.f(*positional, **keywords)
-
-        value, pullback, aux = _vjp(
-            on_arguments, (*args, kwargs), self.differentiated, has_aux=self.has_aux, reduce=self.reduce, scalar=True
-        )
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = ", ".join(f"{p or 'output'}: {tree.describe(x)}" for p, x in _named(value))
-            raise TypeError(
-                f"fz.value_and_grad: f must return one scalar, and it returned {got}. "
-                f"Reduce it inside f, return (scalar, aux) with has_aux=True, or use fz.vjp with a cotangent."
-            )
-        one = torch.ones_like(value)
-        gradients = pullback(one) if weight is None else pullback(one * weight.to(value.dtype), weight != 0)
-        gradient = gradients[0] if isinstance(self.argnums, int) else gradients
-        if self.only_grad:
-            return (gradient, aux) if self.has_aux else gradient
-        return ((value, aux), gradient) if self.has_aux else (value, gradient)
-
-
-def value_and_grad(
-    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, reduce: Reduce = "mean"
-) -> ValueAndGrad:
-    """Return a function that evaluates `f` and its gradient.
-
-    Args:
-        f: `f(*args) -> scalar`, or `(scalar, aux)` with `has_aux`. It sees full parameters.
-        argnums: the argument, or arguments, to differentiate. Any other argument that holds a `State` or a
-            `Sharded` is gathered for `f` and gets no gradient.
-        has_aux: `f` returns `(scalar, aux)`.
-        reduce: mean or sum over the data axes, see `vjp`.
-
-    Returns:
-        `g(*args, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`. The value is this rank's own.
-
-    Raises:
-        GradientError: from the call: the value does not depend on what `f` is differentiated by.
-        TypeError: from the call: `f` does not return one floating-point number, or `argnums` names no argument, or one
-            twice.
-
-    Example:
-        >>> value_and_grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
-        (tensor(5.), tensor([2., 4.]))
-    """
-    refuse_dynamo("fz.value_and_grad")
-    return ValueAndGrad(f, argnums, has_aux, reduce)
-
-
-def grad(
-    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, reduce: Reduce = "mean"
-) -> ValueAndGrad:
-    """Return a function that evaluates the gradient of `f`.
-
-    Args:
-        f: `f(*args) -> scalar`, or `(scalar, aux)` with `has_aux`. It sees full parameters.
-        argnums: the argument, or arguments, to differentiate.
-        has_aux: `f` returns `(scalar, aux)`.
-        reduce: mean or sum over the data axes, see `vjp`.
-
-    Returns:
-        `g(*args, **kwargs) -> gradient`, or `(gradient, aux)`.
-
-    Raises:
-        GradientError, TypeError: from the call, as of `value_and_grad`.
-
-    Example:
-        >>> grad(lambda w: (w * w).sum())(torch.tensor([1.0, 2.0]))
-        tensor([2., 4.])
-    """
-    refuse_dynamo("fz.grad")
-    return ValueAndGrad(f, argnums, has_aux, reduce, only_grad=True)
 
 
 @collective("fz.call", lambda f, *args: held(*args))
@@ -347,7 +235,7 @@ def _is_tracked(x: Any) -> bool:
     return isinstance(x, Tensor) and (is_functorch_wrapped(x) or x.requires_grad)
 
 
-def _held(arguments: Sequence[Any], positions: Sequence[int]) -> list[str]:
+def held_by(arguments: Sequence[Any], positions: Sequence[int]) -> list[str]:
     """Return what the collectives of a gradient depend on."""
     lines = held(*arguments)
     return [*lines, f"gradients of {positions}"] if lines else []
@@ -369,10 +257,6 @@ def _own(results: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
         return isinstance(x, Tensor) and not is_functorch_wrapped(x) and storage_id(x) in storages
 
     return [x.clone() if aliases(x) else x for x in results]
-
-
-def _named(value: Any) -> list[tuple[str, Any]]:
-    return list(zip(tree.paths(value), tree.leaves(value), strict=True))
 
 
 def refuse_dynamo(call_name: str) -> None:

@@ -21,7 +21,8 @@ from fzero.errors import RandomOpError
 from fzero.operators import draws, written
 from fzero.precision.wide_sums import Summing
 from fzero.random.bits import fold, signed
-from fzero.random.draws import DRAWS, REFUSED, drawn, named, truncated_normal_
+from fzero.random.distributions import DRAWS
+from fzero.random.draws import REFUSED, drawn, named, truncated_normal_
 from fzero.wrapped import unwrapped
 
 

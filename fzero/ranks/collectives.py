@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fzero._torch import c10d
 from fzero.marks import mark
+from fzero.ranks.sums import SUM_PARTS, sum_parts
 
 # An all-reduce that receives at most so many elements (N times what it is given) is one all-gather and a sum: one
 # message instead of two.
@@ -44,12 +45,6 @@ _SENT_AS = {
     torch.float8_e4m3fnuz: torch.uint8,
     torch.float8_e5m2fnuz: torch.uint8,
 }
-
-# How the parts of N ranks are added in the order of the ranks. Up to 4, torch's own sum over rows does so. Of 5 rows
-# and more its order depends on where in its row an element stands, which differs between layouts, so they are added one
-# after another. Beyond 64 that would be too many operations, so torch's sum is taken: layouts may differ in a last bit.
-_SUM_IS_IN_ORDER = 4
-_ADDED_ONE_BY_ONE = 64
 
 
 class Ranks(Protocol):
@@ -119,7 +114,7 @@ def all_reduce(x: Tensor, mesh: Ranks, axis: str, *, dtype: torch.dtype | None =
         return torch.view_as_complex(all_reduce(_parts(x), mesh, axis, dtype=dtype.to_real()))
     flat = x.reshape(-1)
     if flat.numel() * ranks <= _SMALL:
-        return _sum_parts(all_gather(flat, mesh, axis), ranks, dtype).reshape(x.shape)
+        return sum_parts(all_gather(flat, mesh, axis), ranks, dtype).reshape(x.shape)
     padded = pad(flat, math.ceil(flat.numel() / ranks) * ranks)
     whole = all_gather(reduce_scatter(padded, mesh, axis, dtype=dtype), mesh, axis)
     return (whole if whole.numel() == flat.numel() else whole[: flat.numel()]).reshape(x.shape)
@@ -144,41 +139,6 @@ def pad(flat: Tensor, length: int) -> Tensor:
     return flat if missing == 0 else torch.nn.functional.pad(flat, (0, missing))
 
 
-def _sum_parts(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
-    """Add `parts` equal parts of dimension 0, in order, in at least float32; return the sum as `dtype`."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rows = x.unflatten(0, (parts, x.shape[0] // parts))
-    if not _SUM_IS_IN_ORDER < parts <= _ADDED_ONE_BY_ONE:
-        return rows.sum(0, dtype=wide).to(dtype)
-    total = rows[0].to(wide)
-    for i in range(1, parts):
-        total = total + rows[i]
-    return total.to(dtype)
-
-
-# The sum as one operator, so that a program shows it, and its passes see it, as one thing.
-torch.library.define(
-    "fzero::sum_parts", "(Tensor x, int parts, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-
-
-def _sum_parts_impl(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
-    if parts == 2 and dtype == x.dtype:  # torch adds two bfloat16 in float32 and rounds once: the same bits, one pass
-        return torch.add(*x.chunk(2))
-    return _sum_parts(x, parts, dtype)
-
-
-torch.library.impl("fzero::sum_parts", ("cpu", "cuda"), _sum_parts_impl)
-
-
-@torch.library.register_fake("fzero::sum_parts")
-def _(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty((x.shape[0] // parts, *x.shape[1:]), dtype=dtype)
-
-
-SUM_PARTS = torch.ops.fzero.sum_parts.default
-
-
 # Under vmap a batch of K members is (K, N·n, ...), and a collective splits the first dimension over N ranks. So the two
 # change places before it, and back after it: left as they were received, members would lie between one another in
 # memory, and a step that returned such strides would be traced again for them.
@@ -194,15 +154,19 @@ def _members_first(x: Tensor, ranks: int) -> Tensor:
     return x.unflatten(0, (ranks, x.shape[0] // ranks)).transpose(0, 1).flatten(1, 2)
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
-        with mark(axis=axis):
-            return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), mesh.size(axis), mesh.group(axis)))
+class _Along(torch.autograd.Function):
+    """A function of `(x, mesh, axis, ...)` that remembers along which axis it went."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.mesh, ctx.axis = inputs
+
+
+class _AllGather(_Along):
+    @staticmethod
+    def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
+        with mark(axis=axis):
+            return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), mesh.size(axis), mesh.group(axis)))
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
@@ -250,17 +214,13 @@ class _ReduceScatter(torch.autograd.Function):
         return reduce_scatter(_ranks_first(x.movedim(in_dims[0], 0), mesh.size(axis)), mesh, axis, dtype=dtype), 0
 
 
-class _AllToAll(torch.autograd.Function):
+class _AllToAll(_Along):
     @staticmethod
     def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         ranks = mesh.size(axis)
         splits = [x.shape[0] // ranks] * ranks
         with mark(axis=axis):
             return c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, mesh.group(axis)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.mesh, ctx.axis = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
@@ -276,14 +236,10 @@ class _AllToAll(torch.autograd.Function):
         return _members_first(all_to_all(sent, mesh, axis), mesh.size(axis)), 0
 
 
-class _Total(torch.autograd.Function):
+class _Total(_Along):
     @staticmethod
     def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         return all_reduce(x, mesh, axis)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.mesh, ctx.axis = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
@@ -298,16 +254,12 @@ class _Total(torch.autograd.Function):
         return total(x, mesh, axis), in_dims[0]
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_Along):
     """The transpose of `_Total`, which sums: every rank's part has the cotangent of the sum, so that is passed on."""
 
     @staticmethod
     def forward(x: Tensor, mesh: Ranks, axis: str) -> Tensor:
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.mesh, ctx.axis = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:

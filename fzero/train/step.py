@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fzero import tree
 from fzero.autodiff.accumulate import accumulate
-from fzero.autodiff.vjp import value_and_grad
+from fzero.autodiff.value_and_grad import value_and_grad
 from fzero.calls.arguments import whole
 from fzero.optim.norm import measure
 from fzero.optim.pair import check_pair

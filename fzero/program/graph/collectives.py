@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import fx
 
 from fzero._torch import OpOverload, c10d
-from fzero.ranks.collectives import SUM_PARTS
+from fzero.ranks.sums import SUM_PARTS
 
 WAIT = c10d.wait_tensor.default
 

@@ -33,7 +33,7 @@ from fzero.program.graph.collectives import ISSUES, WAIT, sum_of
 from fzero.program.graph.trace import Trace, copied
 from fzero.program.graph.values import Values, nbytes, precedences
 from fzero.program.options import Options
-from fzero.ranks.collectives import SUM_PARTS
+from fzero.ranks.sums import SUM_PARTS
 
 # A leaf of more bytes than this is sent by itself: to copy it beside others would take longer than a call.
 _PACKED = 256 * 1024
