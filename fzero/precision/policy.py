@@ -19,9 +19,8 @@ from fzero.calls import shown
 from fzero.calls.nearest import nearest
 from fzero.errors import PolicyError
 from fzero.precision import products
+from fzero.precision.consistent import check
 from fzero.precision.loss_scale import LossScale
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,7 @@ class Policy:
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in self.exempt):
             raise PolicyError(f"fz.Policy: exempt={self.exempt!r}; expected a tuple of patterns, such as ('*norm*',).")
         object.__setattr__(self, "exempt", tuple(self.exempt))
-        self._check_dtypes()
-        self._check_storage()
-        self._check_rounding()
-        self._check_loss_scale()
+        check(self)
 
     @property
     def stored(self) -> torch.dtype:
@@ -107,80 +103,6 @@ class Policy:
     def of(self, path: str) -> Policy:
         """Return the policy of one leaf: this one, or its fp32 form where the leaf's path is exempt."""
         return _fp32_form(self) if any(fnmatchcase(path, pattern) for pattern in self.exempt) else self
-
-    def _check_dtypes(self) -> None:
-        for name, allowed in (
-            ("param", (*_FLOATS, None)),
-            ("master", (torch.float32, "split", None)),
-            ("compute", _FLOATS),
-            ("reduce", _FLOATS),
-            ("autocast", (torch.bfloat16, torch.float16, None)),
-            ("wire", (*_FLOATS, None)),
-        ):
-            if getattr(self, name) not in allowed:
-                listing = ", ".join(_name(x) for x in allowed)
-                raise PolicyError(f"fz.Policy: {name}={_name(getattr(self, name))} is not supported. Use {listing}.")
-        if self.moment == torch.float16:
-            raise PolicyError(
-                "fz.Policy: moment=torch.float16 is not supported: squares of gradients under 2.4e-4 underflow to 0 in "
-                "it. Use torch.float32, torch.bfloat16 or torch.int8."
-            )
-        if self.moment not in (torch.float32, torch.bfloat16, torch.int8):
-            raise PolicyError(
-                f"fz.Policy: moment={_name(self.moment)} is not supported. Use torch.float32, torch.bfloat16 or "
-                f"torch.int8."
-            )
-
-    def _check_storage(self) -> None:
-        if self.param is None and self.master is None:
-            raise PolicyError("fz.Policy: nothing is stored: param and master are both None. Give one of them a dtype.")
-        if self.master == "split":
-            if self.param != torch.bfloat16:
-                raise PolicyError(
-                    f"fz.Policy: master='split' completes a bfloat16 parameter to fp32 and param={_name(self.param)}. "
-                    f"Pass param=torch.bfloat16, or master=torch.float32 with param=None."
-                )
-        elif self.param is not None and self.master is not None:
-            raise PolicyError(
-                f"fz.Policy: param={self.param} and master={self.master} would store every weight twice. With a "
-                f"master pass param=None: the parameters are cast from it for each step."
-            )
-        halves = {torch.bfloat16, torch.float16}
-        if {self.sent, self.compute} == halves:
-            raise PolicyError(
-                f"fz.Policy: leaves gathered in {_name(self.sent)} cannot be computed with in {_name(self.compute)}: "
-                f"neither holds the other's numbers. Use compute={_name(self.sent)} or compute=torch.float32."
-            )
-        if {self.sent, self.reduce} == halves:
-            raise PolicyError(
-                f"fz.Policy: gradients in {_name(self.sent)} cannot be summed in {_name(self.reduce)}: neither "
-                f"holds the other's numbers. Use reduce={_name(self.sent)} or reduce=torch.float32."
-            )
-
-    def _check_rounding(self) -> None:
-        if self.rounding not in ("nearest", "stochastic"):
-            raise PolicyError(f"fz.Policy: rounding={self.rounding!r}; expected 'nearest' or 'stochastic'.")
-        exact = self.master is not None or self.param == torch.float32
-        if self.rounding == "stochastic" and exact and self.moment == torch.float32:
-            raise PolicyError(
-                f"fz.Policy: rounding='stochastic' has nothing to round: parameters are stored in "
-                f"{'fp32, split in two' if self.master == 'split' else self.stored} and moments in {self.moment}. Use "
-                f"rounding='nearest', or store one of them in a low precision."
-            )
-
-    def _check_loss_scale(self) -> None:
-        scale = self.loss_scale
-        if scale is None:
-            return
-        if not isinstance(scale, LossScale) and (not isinstance(scale, int | float) or not 0 < scale < float("inf")):
-            raise PolicyError(
-                f"fz.Policy: loss_scale={scale!r}; expected None, a number above 0, or fz.LossScale(...)."
-            )
-        if torch.float16 not in (self.compute, self.autocast, self.wire):
-            raise PolicyError(
-                f"fz.Policy: loss_scale={scale!r} has nothing to protect: gradients are computed in "
-                f"{_name(self.compute)}, whose range is that of fp32. Use loss_scale=None, or compute=torch.float16."
-            )
 
 
 def _by_name(policy: Policy, name: str, base: Policy) -> str | None:
@@ -212,10 +134,6 @@ def _fp32_form(policy: Policy) -> Policy:
         exempt=(),
         wire=None,
     )
-
-
-def _name(value: object) -> str:
-    return repr(value) if isinstance(value, str) else str(value)
 
 
 _BF16 = Policy(
