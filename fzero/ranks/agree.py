@@ -1,4 +1,7 @@
-"""Agreeing with the other ranks on what is run next, through the store that all processes of a group share."""
+"""Agreeing with the other ranks on what is run next, through the store that all processes of a group share.
+
+`fzero.ranks.peers` tells the whole story; this is the step from how a round ended to what a rank raises.
+"""
 
 from __future__ import annotations
 

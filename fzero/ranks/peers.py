@@ -1,13 +1,28 @@
 """Calls that all ranks make together: what they agree on first, and what they hear of each other's errors.
 
-A rank that raises never reaches the collective in which the others wait. So it leaves its error in the store, and the
-others raise that instead. And ranks that run different things would wait in different collectives. So before the first
-collective of a call they compare what they are about to run (`fzero.ranks.agree`):
+A rank that raises never reaches the collective in which the others wait, and ranks that run different things would wait
+in different collectives. So ranks agree at every call that has collectives, before the first of them, and leave their
+errors where the others find them: in the store through which the processes found each other.
 
     rank 1    raises ValueError   ──▶ store ──▶   leaves
     rank 0    waits …  ──▶ PeerError: rank 1 raised ValueError
 
     rank 1    step(state, batch)  ──▶ store ◀──   fz.gather(state)   rank 0        ProgramMismatchError on both
+
+A call goes like this. Start reading here, and go on in the order of the steps:
+
+    1  `together`, in this file: whatever is raised inside is left in the store.
+    2  `compare`, in this file: a hash of the collectives that this rank is about to run stands for all of them.
+    3  `World.enter`, in `rounds`: the rank adds 1 to a counter that is named by that hash. Who brings it to the number
+       of ranks wakes the others, and all run. Nearly every call ends here: one question to the store.
+    4  `Watch`, in `watch`: a rank that has waited for 0.1 s has a thread find out why. Two hashes differ, a rank left
+       an error or has ended, or time is up: whoever finds out first writes down how the round ends, for all.
+    5  `agree`, in the file of that name, turns that end into what is raised; where two ranks differ, each sends what it
+       is about to run, and `_explained`, in this file, names the first difference.
+
+A rank that has raised may go on to its next call, while the others have not heard of the error yet. Its counter must
+not be theirs then, or they would run on as if nothing had been. So the errors since the last agreement, counted by
+call, are part of the hash in step 3; ranks in step have the same counts, as where all of them raised the same error.
 """
 
 from __future__ import annotations
