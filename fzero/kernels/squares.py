@@ -1,12 +1,13 @@
 """The sum of squares of one 1-D piece and whether it is finite: what a norm over all leaves is made of.
 
-One op, opaque to a trace: `fzero::squares`. It reads the piece once and holds no converted copy of it.
+Two ops, opaque to a trace: `fzero::squares` measures a piece, which it reads once and holds no converted copy of, and
+`fzero::add_squares` adds up what it gave for all pieces.
 
-On a CPU it walks over the piece in chunks that stay in the cache; only a chunk with an element that is not finite is
-read again. On CUDA, where no value may decide what is computed next, a Triton program sums a block of fixed size in
-float64, one program for each row then adds its blocks, and one small sum the rows. Nothing is atomic, and no order
-depends on how many programs run at a time: the same piece always gives the same bits. The reference, which transforms
-see, takes norms in float32: its last bits differ, and it overflows where a square is larger than any float32.
+On a CPU the first walks over the piece in chunks that stay in the cache; only a chunk with an element that is not
+finite is read again. On CUDA a Triton program sums a block of fixed size in float64, and the blocks of all leaves are
+added at once. Nothing is atomic, and no order depends on how many programs run at a time: the same piece always gives
+the same bits. The reference, which transforms see, takes norms in float32: its last bits differ, and it overflows where
+a square is larger than any float32.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ ROW = 1 << 12
 # Elements converted at a time.
 CHUNK = 1 << 20
 # Elements that one Triton program sums, and how many of them at a time.
-BLOCK = 1 << 14
+BLOCK = 1 << 12
 LANES = 1 << 10
 
 
 def squares(piece: Tensor, ranks: int = 1) -> Tensor:
-    """Return the sum of squares of the finite elements, and 1 if there are others, else 0: float64 of shape (2,).
+    """Return sums of squares of the finite elements, and for each how many others there are: float64 of shape (n, 2).
 
     Args:
         piece: 1-D, floating point.
@@ -39,11 +40,12 @@ def squares(piece: Tensor, ranks: int = 1) -> Tensor:
             and cut.
 
     Returns:
-        The two numbers. Under `torch.func` transforms differentiable; there its last bits may differ.
+        One row on a CPU, one for each block on CUDA; `add_squares` adds up those of several pieces. Under `torch.func`
+        transforms differentiable; there its last bits may differ.
 
     Example:
         >>> squares(torch.tensor([3.0, torch.nan, 4.0]))
-        tensor([25.,  1.], dtype=torch.float64)
+        tensor([[25.,  1.]], dtype=torch.float64)
     """
     if transformed(piece):
         return squares_reference(piece, ranks)
@@ -55,7 +57,7 @@ def squares_reference(piece: Tensor, ranks: int) -> Tensor:
     """`squares` in plain torch operations, whatever the values are."""
     length = piece.shape[0]
     if length == 0:
-        return torch.zeros(2, dtype=torch.float64, device=piece.device)
+        return torch.zeros(1, 2, dtype=torch.float64, device=piece.device)
     rows = math.ceil(length / ranks)
     finite = torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0)
     cut = torch.nn.functional.pad(finite, (0, ranks * rows - length)).view(ranks, rows) if ranks > 1 else finite[None]
@@ -63,7 +65,7 @@ def squares_reference(piece: Tensor, ranks: int) -> Tensor:
     # The extremes are NaN where an element is; one pass, without the mask that isfinite makes.
     low, high = torch.aminmax(piece.detach())
     bad = ~(torch.isfinite(low) & torch.isfinite(high))
-    return torch.stack([total, bad.to(torch.float64)])
+    return torch.stack([total, bad.to(torch.float64)])[None]
 
 
 def _squares_cpu(piece: Tensor, ranks: int) -> Tensor:
@@ -80,7 +82,7 @@ def _squares_cpu(piece: Tensor, ranks: int) -> Tensor:
                 square = _sum_of_squares(torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0))
             of_row += square
         total += of_row
-    return torch.tensor([total, bad], dtype=torch.float64)
+    return torch.tensor([[total, bad]], dtype=torch.float64)
 
 
 def _sum_of_squares(values: Tensor) -> float:
@@ -121,37 +123,21 @@ def sum_of_block(block, count, ONLY_FINITE: tl.constexpr, LANES: tl.constexpr):
     return tl.sum(sums, 0)
 
 
-@jit
-def row_kernel(partial, summed, blocks, LANES: tl.constexpr):
-    """Add up the blocks of one row, in an order that does not depend on how many rows there are."""
-    row = tl.program_id(0).to(tl.int64)
-    sums, bad = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
-    for first in range(0, blocks, LANES):
-        block = first + tl.arange(0, LANES)
-        place = partial + 2 * (row * blocks + block)
-        sums += tl.load(place, block < blocks, other=0.0)
-        bad = tl.maximum(bad, tl.load(place + 1, block < blocks, other=0.0))
-    tl.store(summed + 2 * row, tl.sum(sums, 0))
-    tl.store(summed + 2 * row + 1, tl.max(bad, 0))
-
-
 def launch(piece: Tensor, ranks: int) -> Tensor:
-    """`squares` by two launches of Triton kernels, and a sum of one number a row."""
-    length = piece.shape[0]
-    if length == 0:
-        return torch.zeros(2, dtype=torch.float64, device=piece.device)
-    rows = math.ceil(length / ranks)
-    count, blocks = math.ceil(length / rows), math.ceil(rows / BLOCK)
+    """`squares` by one launch of a Triton kernel."""
+    rows, blocks = _cut(piece.shape[0], ranks)
     piece = piece.contiguous()
-    partial = torch.empty(count, blocks, 2, dtype=torch.float64, device=piece.device)
-    summed = torch.empty(count, 2, dtype=torch.float64, device=piece.device)
-    with torch.cuda.device_of(piece):
-        block_kernel[(count * blocks,)](piece, partial, length, rows, blocks, BLOCK=BLOCK, LANES=LANES)
-        row_kernel[(count,)](partial, summed, blocks, LANES=LANES)
-    if count == 1:
-        return summed[0]
-    total, bad = summed.unbind(1)
-    return torch.stack([total.sum(), bad.amax()])
+    partial = torch.empty(blocks * math.ceil(piece.shape[0] / rows), 2, dtype=torch.float64, device=piece.device)
+    if partial.numel():
+        with torch.cuda.device_of(piece):
+            block_kernel[(len(partial),)](piece, partial, piece.shape[0], rows, blocks, BLOCK=BLOCK, LANES=LANES)
+    return partial
+
+
+def _cut(length: int, ranks: int) -> tuple[int, int]:
+    """Return the elements of each of the pieces that one stands for, at least one, and the blocks of each."""
+    rows = max(1, math.ceil(length / ranks))
+    return rows, math.ceil(rows / BLOCK)
 
 
 torch.library.define("fzero::squares", "(Tensor piece, int ranks) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -161,23 +147,25 @@ torch.library.impl("fzero::squares", "cuda", launch)
 
 @torch.library.register_fake("fzero::squares")
 def _(piece: Tensor, ranks: int) -> Tensor:
-    return piece.new_empty(2, dtype=torch.float64)
+    rows, blocks = _cut(piece.shape[0], ranks)
+    count = blocks * math.ceil(piece.shape[0] / rows) if piece.device.type == "cuda" else 1
+    return piece.new_empty(count, 2, dtype=torch.float64)
 
 
 def add_squares(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of what `squares` gave for several pieces: float64 of shape (2,).
 
-    One op, opaque to a trace: Inductor would copy each part into its row of a stack by a kernel of its own.
+    One op, opaque to a trace: Inductor would copy each part into its rows of a whole by a kernel of its own.
 
     Args:
-        parts: each of shape (2,); at least one.
+        parts: each of shape (n, 2), whatever its n is; at least one.
     """
     if transformed(*parts):
-        return torch.stack(list(parts)).sum(0)
+        return torch.cat(list(parts)).sum(0)
     summed: Tensor = torch.ops.fzero.add_squares(list(parts))
     return summed
 
 
 torch.library.define("fzero::add_squares", "(Tensor[] parts) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.impl("fzero::add_squares", ("cpu", "cuda"), lambda parts: torch.stack(parts).sum(0))
+torch.library.impl("fzero::add_squares", ("cpu", "cuda"), lambda parts: torch.cat(parts).sum(0))
 torch.library.register_fake("fzero::add_squares", lambda parts: parts[0].new_empty(2))

@@ -61,7 +61,8 @@ def measure_leaf(grads: Sharded, index: int) -> Squares:
     """Measure one leaf of a gradient, which is there, over the ranks that hold its pieces."""
     piece, spec = grads.pieces[index], grads.placement.specs[index]
     assert piece is not None
-    return Squares((piece,), _over(_of_piece(piece, spec, grads.mesh, grads.layout.axis), _axes(spec), grads.mesh))
+    own = _of_piece(piece, spec, grads.mesh, grads.layout.axis)
+    return Squares((piece,), _over(add_squares([own]), _axes(spec), grads.mesh))
 
 
 def _of_piece(piece: Tensor, spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> Tensor:

@@ -39,7 +39,7 @@ class Kept:
     def __init__(self, name: str, bound: int):
         self.name, self.bound = name, bound
         self._programs: dict[Signature, Program] = {}  # in the order in which they were made
-        self._used: dict[Signature, int] = {}
+        self._used: dict[Program, int] = {}
         self._ticks = itertools.count()
         self._numbers: Counter[str] = Counter()
         self._is_told = False
@@ -55,17 +55,17 @@ class Kept:
         """Return the program of a signature, `None` where none is kept."""
         found = self._programs.get(signature)
         if found is not None:
-            self._used[signature] = next(self._ticks)
+            self._used[found] = next(self._ticks)
         return found
 
     def put(self, signature: Signature, program: Program) -> None:
         """Keep a program, and let go of the one that was not used for longest where there are too many."""
         self._programs[signature] = program
-        self._used[signature] = next(self._ticks)
+        self._used[program] = next(self._ticks)
         if len(self._programs) <= self.bound:
             return
-        oldest = min(self._used, key=self._used.__getitem__)
-        del self._programs[oldest], self._used[oldest]
+        oldest = min(self._programs, key=lambda kept: self._used[self._programs[kept]])
+        del self._used[self._programs.pop(oldest)]
         (logger.info if self._is_told else logger.warning)(
             "fz.jit: %s keeps %d programs, as keep_programs= says, and lets go of the one that was not used for "
             "longest; a call like those that it served is traced again.",
@@ -79,7 +79,7 @@ class Kept:
         if not self._programs:
             return "first call"
         # Among equals the one used last.
-        order = sorted(self._programs, key=self._used.__getitem__, reverse=True)
+        order = sorted(self._programs, key=lambda kept: self._used[self._programs[kept]], reverse=True)
         nearest = min(order, key=lambda kept: _distance(signature, kept))
         changes = list(changed(nearest, signature))
         lines = [f"{change.path}: {change.before} -> {change.after}" for change in changes[:_LISTED]]
