@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from fzero.program.program import Program
 from fzero.program.report.memory import Memory, peak_bytes
 from tests import world
 from tests.small import LiveBytes
+from tests.test_display import SVG
 
 TINY = PRESETS["tiny"]
 
@@ -238,20 +239,18 @@ def test_without_a_state_everything_is_at_rest() -> None:
 
 
 def test_a_plot_is_saved(tmp_path: Any) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    _, program = simulated()
-    axes = program.memory().plot(tmp_path / "memory.png")
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    pyplot.close(axes.figure)
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
-    assert {"params", "moments", "activations", "at rest"} <= set(labels)
-    assert "MiB" in axes.get_ylabel() and program.memory().where in axes.get_title()
+    memory = simulated()[1].memory()
+    picture = memory.plot(tmp_path / "memory.svg")
+    assert str(picture) == memory.table()
+    assert (tmp_path / "memory.svg").read_text() == picture.svg
+    labels = [element.text for element in ElementTree.fromstring(picture.svg).iter(f"{SVG}text")]
+    assert {"params", "moments", "activations", "-- at rest"} <= set(labels)
+    assert f"{amount(memory.peak)} at most, in {memory.where}" in labels
 
 
-def test_a_plot_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'fzero\[examples\]'"):
-        simulated()[1].memory().plot()
+def test_a_plot_of_another_kind_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"is SVG, and '.*memory\.png' ends in '\.png'. Save it as '.*memory\.svg'"):
+        simulated()[1].memory().plot(tmp_path / "memory.png")
 
 
 def test_a_table_has_a_line_for_each_kind_at_the_peak() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,29 +11,9 @@ from torch import Tensor
 from fzero import tree
 from fzero.display.holdings import Holdings, Segment
 from fzero.display.listing import nbytes, printable
+from fzero.display.picture import Picture
 from fzero.ranks.mesh import Mesh
 from fzero.sharding.sharded import Sharded
-
-
-@dataclass(frozen=True, repr=False)
-class Picture:
-    """A drawing for notebooks, as SVG, and for terminals, as text.
-
-    Attributes:
-        text: it as text.
-        svg: it as SVG, to be saved or shown.
-    """
-
-    text: str
-    svg: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f'<div title="{html.escape(self.text.splitlines()[0])}">{self.svg}</div>'
 
 
 def visualize(x: Any, *, ranks: int = 8, names: int = 8) -> Picture:

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import fx
 
 from fzero.display.listing import amount
+from fzero.display.picture import Picture
+from fzero.display.svg import timeline
 from fzero.program.graph.kinds import AT_REST, KINDS, kinds_of
 from fzero.program.graph.loop import loop_call, run_loop
 from fzero.program.graph.trace import Trace
@@ -107,40 +108,27 @@ class Memory:
 
     __str__ = table
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None) -> Picture:
         """Draw the live bytes over the schedule, stacked by kind.
 
         Args:
-            path: where to save the picture; its ending says in which format.
+            path: where to save the picture as well: a file that ends in `.svg`.
 
         Returns:
-            The matplotlib axes.
+            The picture: displayed in a notebook; in a terminal its text is the table. `.svg` gives it away.
 
         Raises:
-            ImportError: matplotlib is missing.
+            ValueError: the file would be of another kind.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                "program.memory().plot: drawing needs matplotlib, which is not installed. It comes with the extra "
-                "`examples`: pip install 'fzero[examples]'. program.memory().table() needs nothing."
-            ) from error
-        unit, name = _unit(self.peak)
-        kinds = [kind for kind in KINDS if any(self.live[kind])]
-        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-        places = range(len(self.operations))
-        axes.stackplot(places, *([x / unit for x in self.live[k]] for k in kinds), labels=kinds, step="mid", lw=0)
-        axes.axhline(self.at_rest / unit, color="black", lw=0.8, ls="--", label="at rest")
-        axes.set(
-            xlabel="operation", ylabel=f"{name} alive on a rank", title=f"peak {amount(self.peak)} in {self.where}"
-        )
-        axes.margins(x=0)
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        picture = Picture(self.table(), timeline(self.live, self.operations, self.at_rest))
         if path is not None:
-            figure.savefig(path, dpi=150)
-        return axes
+            if Path(path).suffix != ".svg":
+                raise ValueError(
+                    f"program.memory().plot: the picture is SVG, and {str(path)!r} ends in {Path(path).suffix!r}. Save "
+                    f"it as {str(Path(path).with_suffix('.svg'))!r}, which browsers and converters read."
+                )
+            Path(path).write_text(picture.svg)
+        return picture
 
 
 def memory_of(trace: Trace) -> Memory:
@@ -193,10 +181,3 @@ def _curves(trace: Trace, values: Values, *, without_inputs: bool = False) -> tu
             curves[kind] += [flat[kind][i] + x for x in inner[kind]]
         names += inner_names
     return curves, names
-
-
-def _unit(size: float) -> tuple[int, str]:
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 2 ** (10 * power):
-            return 2 ** (10 * power), name
-    return 1, "B"
