@@ -50,7 +50,7 @@ def measure(grads: Sharded) -> Squares:
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     for piece, spec in zip(grads.pieces, grads.placement.specs, strict=True):
         if piece is not None:
-            sums.setdefault(_axes(spec), []).append(_of_piece(piece, spec, mesh, grads.layout.axis))
+            sums.setdefault(spec.axes, []).append(_of_piece(piece, spec, mesh, grads.layout.axis))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for axes, parts in sums.items():
         total = total + _over(add_squares(parts), axes, mesh)
@@ -62,7 +62,7 @@ def measure_leaf(grads: Sharded, index: int) -> Squares:
     piece, spec = grads.pieces[index], grads.placement.specs[index]
     assert piece is not None
     own = _of_piece(piece, spec, grads.mesh, grads.layout.axis)
-    return Squares((piece,), _over(add_squares([own]), _axes(spec), grads.mesh))
+    return Squares((piece,), _over(add_squares([own]), spec.axes, grads.mesh))
 
 
 def _of_piece(piece: Tensor, spec: Spec, mesh: Mesh, axes: tuple[str, ...]) -> Tensor:
@@ -74,7 +74,3 @@ def _over(total: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
     for axis in axes:
         total = all_reduce(total, mesh, axis)
     return total
-
-
-def _axes(spec: Spec) -> tuple[str, ...]:
-    return spec.cut + tuple(axis for axis in spec.split if axis is not None)

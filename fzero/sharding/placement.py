@@ -82,8 +82,8 @@ def place(
 
 
 def _check_split(path: str, spec: Spec, mesh: Mesh, layout: Layout) -> None:
-    named = Counter([*filter(None, spec.split), *layout.data_axes])
-    if twice := [axis for axis in spec.split if axis is not None and named[axis] > 1]:
+    named = Counter(spec.split_axes + layout.data_axes)
+    if twice := [axis for axis in spec.split_axes if named[axis] > 1]:
         raise LayoutError(
             f"fz.shard: {spec.split} splits leaf {path!r} over {twice[0]!r}, which another dimension or the data axes "
             f"{layout.data_axes} take already. Give each its own mesh axis."
