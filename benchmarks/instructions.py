@@ -14,7 +14,6 @@ counted, with what comes before its elements, and where there is one the slow wa
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,7 @@ HERE = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "instructions.json"
 
 THREADS = 128
-# What an optimizer is called with here, by the names of its own, and how its state may be stored.
-STATICS: dict[str, float | bool] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "momentum": 0.9, "nesterov": False}
+# How an optimizer's state may be stored.
 BFLOAT, SPLIT = ("*bf16",), ("*bf16", "*i16")
 SIGNED, UNSIGNED = ("*i8", "*fp32"), ("*u8", "*fp32")
 KERNELS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
@@ -52,21 +49,21 @@ def counted() -> dict[str, dict[str, Any]]:
 
 
 def _counted(name: str, state: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    import fzero as fz
     from fzero.kernels.launch import BLOCK, update_one
 
-    update = getattr(importlib.import_module(f"fzero.kernels.{name}"), name.upper())
-    statics = [STATICS[static] for static in update.statics]
-    found = _listed(compiled(update_one, update, statics, state).asm["cubin"])
+    optimizer = fz.sgd(1e-3, momentum=0.9) if name == "sgd" else getattr(fz, name)(1e-3)
+    found = _listed(compiled(update_one, optimizer.kernel, len(optimizer.numbers), state).asm["cubin"])
     return {"for 8 elements": round(found["instructions"] * 8 * THREADS / BLOCK, 1), **found}
 
 
-def compiled(kernel: Any, update: Any, statics: Iterable[float | bool], state: tuple[tuple[str, ...], ...]) -> Any:
+def compiled(kernel: Any, update: Any, numbers: int, state: tuple[tuple[str, ...], ...]) -> Any:
     """Compile an update for compute capability 9.0, its operands aligned as those of an allocator are.
 
     Args:
         kernel: `update_one` or `update_many` of `fzero.kernels.launch`.
-        update: the kernel of an optimizer, such as `fzero.kernels.adamw.ADAMW`.
-        statics: what it is called with, in its order.
+        update: the kernel of an optimizer, such as `fzero.optim.adamw.ADAMW`.
+        numbers: how many it takes.
         state: for each value of an element's state the types of its tensors, as Triton names them.
     """
     import triton
@@ -78,7 +75,7 @@ def compiled(kernel: Any, update: Any, statics: Iterable[float | bool], state: t
     types: dict[str, Any] = {
         "out": state, "state": state, "like": state, "g": "*bf16", "g_like": "*bf16", "scalars": "*fp32",
         "keys": "*i32", "offset": "*i32", "offsets": "*i32", "length": "i64", "table": "*i64", "programs": "*i64",
-        "numbers": ("fp32",) * len(update.numbers(*statics)),
+        "numbers": ("fp32",) * numbers,
     }  # fmt: skip
     constants = {
         "FORMULA": update.kernel,

@@ -34,17 +34,15 @@ from step_report import machine, quartiles, spread, versions
 from torch import Tensor, nn
 
 import fzero as fz
-from fzero.kernels.adamw import adamw_scalars
 from fzero.kernels.codes import encode
 from fzero.kernels.cross_entropy import linear_cross_entropy
-from fzero.kernels.lion import lion_scalars
-from fzero.kernels.sgd import sgd_scalars
 from fzero.kernels.squares import squares
 from fzero.kernels.storage import split_master
 from fzero.program.graph.walk import calls
 
 RESULTS = Path(__file__).parent / "results"
 B1, B2, EPSILON, RATE, DECAY = 0.9, 0.95, 1e-8, 1e-3, 0.1
+ADAMW = fz.adamw(RATE, B1, B2, EPSILON, DECAY)
 WARM_UP = 3
 HIDING = 2_000_000  # clocks, about a millisecond
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -87,14 +85,13 @@ def update_case(name: str, storage: Storage, elements: int, device: torch.device
     """Return an update in place of one leaf."""
     state, grad = leaf(storage, elements, device, moments={"adamw": 2, "lion": 1, "sgd": 1}[name])
     zero = torch.zeros((), dtype=torch.int32, device=device)
-    scalars, statics = {
-        "adamw": (adamw_scalars(zero, RATE, B1, B2, EPSILON, DECAY), (B1, B2)),
-        "lion": (lion_scalars(zero, RATE, DECAY), (B1, B2)),
-        "sgd": (sgd_scalars(zero, RATE, DECAY), (B1, False)),
-    }[name]
+    optimizer: Any = {
+        "adamw": ADAMW, "lion": fz.lion(RATE, B1, B2, DECAY), "sgd": fz.sgd(RATE, B1, False, DECAY)
+    }[name]  # fmt: skip
     keys, offsets = torch.zeros(1, 2, dtype=torch.int32, device=device), zero[None]
     op = getattr(torch.ops.fzero, f"{name}_")
-    call = partial(op, state, [grad], scalars, keys, offsets, *statics, storage.stochastic)
+    scalars = optimizer.scalars_of(zero, 1.0, True)
+    call = partial(op, state, [grad], scalars, keys, offsets, optimizer.numbers, storage.stochastic)
     return Case(call, 2 * sum(x.nbytes for x in state) + grad.nbytes)
 
 
@@ -246,7 +243,7 @@ def launches(device: torch.device, elements: int) -> dict[str, Any]:
     keys = torch.zeros(len(parts), 2, dtype=torch.int32, device=device)
     ours = partial(
         torch.ops.fzero.adamw_, [x for own, _ in parts for x in own], [g for _, g in parts],
-        adamw_scalars(zero, RATE, B1, B2, EPSILON, DECAY), keys, keys[:, 0].contiguous(), B1, B2, True,
+        ADAMW.scalars_of(zero, 1.0, True), keys, keys[:, 0].contiguous(), ADAMW.numbers, True,
     )  # fmt: skip
     columns = [[own[i] for own, _ in parts] for i in range(3)]
     steps = [torch.ones((), device=device) for _ in parts]

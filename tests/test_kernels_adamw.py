@@ -10,9 +10,9 @@ import torch
 import torch.utils.flop_counter
 from torch import Tensor
 
+import fzero as fz
 from fzero import _torch
 from fzero.kernels import compiled
-from fzero.kernels.adamw import adamw, adamw_formula, adamw_scalars
 from fzero.kernels.reference import reference
 from fzero.kernels.storage import join_master, split_master
 from fzero.random.bits import leaf_keys
@@ -31,7 +31,6 @@ from tests.triton_process import interpreted
 __all__ = ["op_by_op"]  # a fixture
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
-STATICS: dict[str, Any] = {"b1": 0.9, "b2": 0.999}
 
 
 def int32(value: int) -> Tensor:
@@ -45,9 +44,11 @@ def leaf(n: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
 
 def stepped(state: tuple[Tensor, ...], g: Tensor, step: int, *, lr: float, decay: float, stochastic: bool) -> Any:
     """The state of a leaf after a step."""
-    scalars = adamw_scalars(int32(step), lr, 0.9, 0.999, 1e-8, decay)
+    ours = fz.adamw(lr, weight_decay=decay)
+    scalars = ours.scalars_of(int32(step), 1.0, True)
     keys = leaf_keys(int32(0), int32(step), "w")[None]
-    return adamw([state], [g], scalars, keys, int32(0)[None], **STATICS, stochastic=stochastic)[0]
+    how: dict[str, Any] = {"numbers": ours.numbers, "stochastic": stochastic}
+    return ours.kernel([state], [g], scalars, keys, int32(0)[None], **how)[0]
 
 
 def test_interpreted_triton_kernel_equals_the_reference() -> None:
@@ -101,12 +102,12 @@ def test_the_compiled_root_is_correctly_rounded() -> None:
     arguments: dict[str, Any] = leaf(n, (FLOAT, FLOAT, FLOAT, FLOAT))
     arguments |= {"states": [(torch.zeros(n), torch.ones(n), v)], "grads": [torch.zeros(n)]}
     arguments["scalars"] = torch.tensor([1.0, 1.0, 2.0**-100, 1.0])
-    statics: dict[str, Any] = {"b1": 1.0, "b2": 1.0, "stochastic": False}
+    kernel, how = fz.adamw(1.0).kernel, {"numbers": (0.0, 1.0, 0.0), "stochastic": False}
     state = (*arguments["states"][0], torch.zeros(n), arguments["scalars"], arguments["keys"][0], int32(0))
     roots = v.clamp(max=torch.finfo(FLOAT).max).double().sqrt().float()
-    wanted = reference(adamw_formula, state[:3], *state[3:], **statics)
+    wanted = reference(kernel.formula, state[:3], *state[3:], **how)  # type: ignore[arg-type]
     assert_same_bits([wanted[:1]], [(0 - 1 / (roots + 2.0**-100),)])
-    assert_same_bits(adamw(**arguments, **statics), [wanted])
+    assert_same_bits(kernel(**arguments, **how), [wanted])  # type: ignore[arg-type]
     assert compiled._compiler.works
 
 
@@ -285,7 +286,8 @@ def test_small_steps_are_lost_to_nearest_rounding_and_kept_by_stochastic(stochas
 
 def test_scalars_are_exact_to_float32() -> None:
     for step in (0, 9, 99_999):
-        scalars = adamw_scalars(int32(step), torch.tensor(3e-4), 0.9, 0.95, 1e-8, 0.1, torch.tensor(0.25))
+        ours = fz.adamw(lambda step: torch.tensor(3e-4), 0.9, 0.95, 1e-8, 0.1)
+        scalars = ours.scalars_of(int32(step), torch.tensor(0.25), True)
         t, lr = step + 1, torch.tensor(3e-4).item()
         correction = (1 - 0.95**t) ** 0.5
         expected = [1 - lr * 0.1, lr * correction / (1 - 0.9**t), 1e-8 * correction, 0.25]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.kernels.lion import LION
 from tests.test_kernels_update import FLOAT, STORAGES, UPDATES, ZERO, operands, renewed
 
 
@@ -52,7 +51,7 @@ def test_refuses_what_the_kernels_do_not_take(
 def test_refuses_states_that_are_not_those_of_the_kernel() -> None:
     arguments = operands("adamw", STORAGES[0], (9,))
     with pytest.raises(TypeError, match=r"lion: the state of leaf 0 has dtypes .* expected those of p, m, each"):
-        LION(**{**arguments, "scalars": UPDATES["lion"][1]}, b1=0.9, b2=0.99, stochastic=False)
+        renewed("lion", {**arguments, "scalars": UPDATES["lion"][1]}, stochastic=False)
     with pytest.raises(TypeError, match="adamw: the state of leaf 0 has dtypes"):
         renewed("adamw", {**arguments, "states": [arguments["states"][0][:2]]}, stochastic=False)
     with pytest.raises(ValueError, match="adamw: 1 states and 2 gradients"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fzero as fz
 from fzero.kernels import compiled
-from fzero.kernels.lion import lion, lion_scalars
 from tests.test_kernels_update import (
     BFLOAT,
     FLOAT,
@@ -46,13 +46,14 @@ def test_compiled_equals_op_by_op() -> None:
 def test_follows_its_definition(op_by_op: None) -> None:
     generator = torch.Generator().manual_seed(0)
     p, lr, decay, b1, b2 = torch.randn(1000, generator=generator), 1e-2, 0.1, 0.9, 0.99
+    ours = fz.lion(lr, b1, b2, decay)
     exact_p, exact_m = p.double(), torch.zeros(1000, dtype=torch.float64)
     state: tuple[torch.Tensor, ...] = (p, torch.zeros(1000))
     zeros = torch.zeros(1, 2, dtype=torch.int32)
     for step in range(10):
         g = torch.randn(1000, generator=generator)
-        scalars = lion_scalars(ZERO + step, lr, decay, factor=0.5)
-        (state,) = lion([state], [g * 2], scalars, zeros, zeros[0, :1], b1=b1, b2=b2, stochastic=False)
+        scalars = ours.scalars_of(ZERO + step, 0.5, True)
+        (state,) = ours.kernel([state], [g * 2], scalars, zeros, zeros[0, :1], numbers=ours.numbers, stochastic=False)
         direction = torch.sign(b1 * exact_m + (1 - b1) * g.double())
         exact_p = exact_p * (1 - lr * decay) - lr * direction
         exact_m = b2 * exact_m + (1 - b2) * g.double()
@@ -64,13 +65,14 @@ def test_no_direction_is_no_step(op_by_op: None) -> None:
     p, m = torch.ones(4), torch.zeros(4)
     g = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
     zeros = torch.zeros(1, 2, dtype=torch.int32)
-    scalars = lion_scalars(ZERO, 0.5, 0.0)
-    ((new, _),) = lion([(p, m)], [g], scalars, zeros, zeros[0, :1], b1=0.9, b2=0.99, stochastic=False)
+    ours = fz.lion(0.5)
+    scalars = ours.scalars_of(ZERO, 1.0, True)
+    ((new, _),) = ours.kernel([(p, m)], [g], scalars, zeros, zeros[0, :1], numbers=ours.numbers, stochastic=False)
     assert new.tolist() == [1, 1, 0.5, 1.5]
 
 
 def test_scalars_are_exact_to_float32() -> None:
-    scalars = lion_scalars(ZERO, torch.tensor(3e-4), 0.1, torch.tensor(0.25))
+    scalars = fz.lion(lambda step: torch.tensor(3e-4), weight_decay=0.1).scalars_of(ZERO, torch.tensor(0.25), True)
     lr = torch.tensor(3e-4).item()
     assert scalars.dtype == FLOAT
     torch.testing.assert_close(scalars, torch.tensor([1 - lr * 0.1, lr, 0.25]), rtol=1e-7, atol=0)

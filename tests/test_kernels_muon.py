@@ -17,7 +17,7 @@ from tests.triton_process import interpreted
 # The direction is a bfloat16 that is written anew.
 STORAGES = [(BFLOAT, kind, FLOAT) for kind in (FLOAT, BFLOAT, HALF, "8-bit")]
 ENTRIES: dict[str, Any] = {
-    name: (MOMENTUM, torch.tensor([0.5]), {"decay": 0.95, "nesterov": nesterov})
+    name: (MOMENTUM, torch.tensor([0.5]), (1 - 0.95, (1 - 0.95) * nesterov))
     for name, nesterov in (("momentum", False), ("looked ahead", True))
 }
 OTHER_PROCESS = """

@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fzero as fz
 from fzero import _torch
 from fzero.kernels import compiled
-from fzero.kernels.adamw import ADAMW, adamw, adamw_scalars
 from fzero.kernels.launch import BLOCK, BLOCKS, launch, programs_of
-from fzero.kernels.lion import LION, lion_scalars
 from fzero.kernels.reference import reference
-from fzero.kernels.sgd import SGD, sgd_scalars
 from fzero.kernels.storage import encode, grouped, is_quantized, load, split_master
 from fzero.kernels.update import Update, leaves_of
 from fzero.random.bits import leaf_keys
@@ -24,16 +22,18 @@ from tests import triton_process
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 ZERO = torch.zeros((), dtype=torch.int32)
-# Each kernel with the numbers of a step that has been going on for a while.
-UPDATES: dict[str, tuple[Update, Tensor, dict[str, Any]]] = {
-    "adamw": (
-        ADAMW, adamw_scalars(ZERO + 3, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.5), {"b1": 0.9, "b2": 0.999}
-    ),
-    "lion": (LION, lion_scalars(ZERO + 3, 1e-3, 0.1, 0.5), {"b1": 0.9, "b2": 0.99}),
-    "sgd": (SGD, sgd_scalars(ZERO + 3, 1e-3, 0.1, 0.5), {"momentum": 0.9, "nesterov": False}),
-    "nesterov": (SGD, sgd_scalars(ZERO + 3, 1e-3, 0.1, 0.5), {"momentum": 0.9, "nesterov": True}),
-    "plain": (SGD, sgd_scalars(ZERO + 3, 1e-3, 0.1, 0.5), {"momentum": 0.0, "nesterov": False}),
-}  # fmt: skip
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": fz.adamw(1e-3, 0.9, 0.999, 1e-8, 0.1),
+    "lion": fz.lion(1e-3, 0.9, 0.99, 0.1),
+    "sgd": fz.sgd(1e-3, 0.9, False, 0.1),
+    "nesterov": fz.sgd(1e-3, 0.9, True, 0.1),
+    "plain": fz.sgd(1e-3, 0.0, False, 0.1),
+}
+# Each kernel with the scalars of a step, after others, and its numbers.
+UPDATES: dict[str, tuple[Update, Tensor, tuple[float, ...]]] = {
+    name: (optimizer.kernel, optimizer.scalars_of(ZERO + 3, 0.5, True), optimizer.numbers)
+    for name, optimizer in OPTIMIZERS.items()
+}
 # How the values of a leaf's state are stored: a dtype, "split" or "8-bit".
 STORAGES = [
     (FLOAT, FLOAT, FLOAT),
@@ -58,14 +58,14 @@ def stored(x: Tensor, storage: Any, *, signed: bool) -> tuple[Tensor, ...]:
 
 def operands(name: str, storage: Sequence[Any], lengths: Sequence[int], dtype: torch.dtype = BFLOAT) -> dict[str, Any]:
     """Leaves in the middle of training, with gradients that are not finite here and there, and in a whole block."""
-    update, scalars, statics = UPDATES[name]
+    update, scalars, _ = UPDATES[name]
     generator = torch.Generator().manual_seed(len(lengths))
     states, grads = [], []
     for n in lengths:
         p, m, v, g = (torch.randn(n, generator=generator) for _ in range(4))
         m, v = m * 0.1, v * v
         g[3::97], g[5::89], g[7::83], g[256:384] = float("nan"), float("inf"), float("-inf"), float("nan")
-        count = len(update.values) if statics.get("momentum", 1) else 1
+        count = 1 if name == "plain" else len(update.values)
         values = [stored(x, kind, signed=x is not v) for x, kind in zip((p, m, v)[:count], storage, strict=False)]
         states.append(tuple(x for value in values for x in value))
         grads.append(g.to(dtype))
@@ -80,18 +80,19 @@ def operands(name: str, storage: Sequence[Any], lengths: Sequence[int], dtype: t
 
 def expected(name: str, arguments: dict[str, Any], *, stochastic: bool) -> State:
     """The new states by the reference, op by op on whole leaves."""
-    update, _, statics = UPDATES[name]
+    update, _, numbers = UPDATES[name]
     rows = zip(*(arguments[key] for key in ("states", "grads", "keys", "offsets")), strict=True)
+    how: dict[str, Any] = {"numbers": numbers, "stochastic": stochastic}
     return [
-        tuple(reference(update.formula, state, g, arguments["scalars"], key, offset, stochastic, **statics))
+        tuple(reference(update.formula, state, g, arguments["scalars"], key, offset, **how))
         for state, g, key, offset in rows
     ]
 
 
 def renewed(name: str, arguments: dict[str, Any], *, stochastic: bool) -> State:
-    """The new states by the kernel's public function."""
-    update, _, statics = UPDATES[name]
-    return update(**arguments, **statics, stochastic=stochastic)
+    """The new states by the kernel, as optimizers call it."""
+    update, _, numbers = UPDATES[name]
+    return update(**arguments, numbers=numbers, stochastic=stochastic)
 
 
 def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def check_triton(name: str, device: str, storages: Sequence[Sequence[Any]] = STO
 
     Every length is seen in place and into new memory where there are two storages or more.
     """
-    update, _, statics = UPDATES[name]
+    update, _, numbers = UPDATES[name]
     rows = (((1100,), False), ((1029, 0, 3, 8200), True), ((512, 1040), True))
     for (k, storage), (j, (lengths, stochastic)) in itertools.product(enumerate(storages), enumerate(rows)):
         arguments = operands(name, storage, lengths)
@@ -125,10 +126,7 @@ def check_triton(name: str, device: str, storages: Sequence[Sequence[Any]] = STO
         out = there["states"]
         if (k + j) % 2:
             out = [tuple(torch.empty_like(x) for x in state) for state in out]
-        launch(
-            out, **there, formula=update.kernel, numbers=update.numbers(*statics.values()),  # type: ignore[misc]
-            stochastic=stochastic,
-        )  # fmt: skip
+        launch(out, **there, formula=update.kernel, numbers=numbers, stochastic=stochastic)
         assert_same_bits(out, wanted)
 
 
@@ -149,11 +147,11 @@ def check_ptx(name: str, storages: Sequence[Sequence[str]]) -> None:
 
     from fzero.kernels.launch import update_many, update_one
 
-    update, _, statics = UPDATES[name]
+    update, _, numbers = UPDATES[name]
     for storage in storages:
         state = tuple(POINTERS[kind] for kind in storage)
         for kernel in (update_one, update_many):
-            ptx = compiled(kernel, update, statics.values(), state).asm["ptx"]
+            ptx = compiled(kernel, update, len(numbers), state).asm["ptx"]
             # Two fused operations make a root or a reciprocal of the GPU exact; there are no others.
             roots, reciprocals = ptx.count("rsqrt.approx.ftz.f32"), ptx.count("rcp.approx.ftz.f32")
             assert ptx.count("fma.rn.f32") == ptx.count("fma.") == 2 * (roots + reciprocals)
@@ -180,11 +178,11 @@ def test_the_op_on_many_leaves_equals_the_reference_on_each(
         before = on("cpu", arguments)["states"]
         assert_same_bits(renewed(name, arguments, stochastic=stochastic), wanted)
         assert_same_bits(arguments["states"], before)
-        update, _, statics = UPDATES[name]
+        update, _, numbers = UPDATES[name]
         in_place = getattr(torch.ops.fzero, f"{update.name}_")
         state = [x for leaf in arguments["states"] for x in leaf]
         rest = (arguments[key] for key in ("grads", "scalars", "keys", "offsets"))
-        in_place(state, *rest, *statics.values(), stochastic)
+        in_place(state, *rest, numbers, stochastic)
         assert_same_bits(leaves_of(state, 5), wanted)
 
 
@@ -253,11 +251,11 @@ def test_a_graph_that_was_captured_replays_the_update() -> None:
     device = on("cuda", host)
     state = [x for leaf in device["states"] for x in leaf]
     rest = [device[key] for key in ("grads", "scalars", "keys", "offsets")]
-    torch.ops.fzero.adamw(state, *rest, *UPDATES["adamw"][2].values(), True)  # compiles
+    torch.ops.fzero.adamw(state, *rest, UPDATES["adamw"][2], True)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.ops.fzero.adamw_(state, *rest, *UPDATES["adamw"][2].values(), True)
+        torch.ops.fzero.adamw_(state, *rest, UPDATES["adamw"][2], True)
     graph.replay()
     graph.replay()
     assert_same_bits(leaves_of(state, 2), wanted)
@@ -277,25 +275,25 @@ def test_programs_of_a_launch_see_every_block_once() -> None:
 @pytest.mark.parametrize("storage", [STORAGES[1], STORAGES[5]], ids=str)
 @pytest.mark.parametrize("name", ["adamw", "lion", "nesterov"])
 def test_ops_fulfil_torch_library_contract(name: str, storage: tuple[Any, ...], op_by_op: None) -> None:
-    update, _, statics = UPDATES[name]
+    update, _, numbers = UPDATES[name]
     arguments = operands(name, storage, (33, 200))
     state = [x for leaf in arguments["states"] for x in leaf]
     rest = [arguments[key] for key in ("grads", "scalars", "keys", "offsets")]
     for op in (getattr(torch.ops.fzero, update.name), getattr(torch.ops.fzero, f"{update.name}_")):
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(op.default, (state, *rest, *statics.values(), True), test_utils=checks)
+        torch.library.opcheck(op.default, (state, *rest, numbers, True), test_utils=checks)
 
 
 def test_a_trace_holds_one_node_and_keeps_the_write(op_by_op: None) -> None:
     arguments = operands("adamw", STORAGES[5], (33, 200))
-    statics = UPDATES["adamw"][2]
+    update, _, numbers = UPDATES["adamw"]
     state = [x for leaf in arguments["states"] for x in leaf]
     rest = [arguments[key] for key in ("scalars", "keys", "offsets")]
 
     def step(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
         old, grads = list(tensors[:10]), list(tensors[10:])
-        new = adamw(leaves_of(old, 2), grads, *rest, **statics, stochastic=True)
-        torch.ops.fzero.adamw_(old, grads, *rest, *statics.values(), True)
+        new = update(leaves_of(old, 2), grads, *rest, numbers=numbers, stochastic=True)
+        torch.ops.fzero.adamw_(old, grads, *rest, numbers, True)
         return new
 
     graph = _torch.make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*state, *arguments["grads"])

@@ -11,12 +11,12 @@ from torch import Tensor
 import tests.test_kernels_update as shared
 from fzero.kernels import compiled
 from fzero.kernels.storage import load
-from fzero.kernels.write_back import WRITE_BACK, write_back, write_back_scalars
+from fzero.kernels.write_back import WRITE_BACK, write_back_scalars
 from tests import triton_process
 from tests.test_kernels_update import BFLOAT, FLOAT, HALF, assert_same_bits, expected, operands, renewed
 
 STORAGES = [(kind, FLOAT, FLOAT) for kind in (FLOAT, BFLOAT, HALF, "split")]
-ENTRY: Any = (WRITE_BACK, write_back_scalars(torch.tensor(1e-2), torch.tensor(1e-3), 0.1), {})
+ENTRY: Any = (WRITE_BACK, write_back_scalars(torch.tensor(1e-2), torch.tensor(1e-3), 0.1), ())
 OTHER_PROCESS = """
 import tests.test_kernels_update as shared
 from tests.test_kernels_write_back import ENTRY, STORAGES
@@ -53,7 +53,7 @@ def test_the_op_and_what_is_compiled_equal_the_reference(storage: tuple[Any, ...
         assert_same_bits(renewed("write_back", arguments, stochastic=True), wanted)
         assert_same_bits(arguments["states"], before)
         rest = (arguments[key] for key in ("grads", "scalars", "keys", "offsets"))
-        torch.ops.fzero.write_back_(list(arguments["states"][0]), *rest, True)
+        torch.ops.fzero.write_back_(list(arguments["states"][0]), *rest, (), True)
         assert_same_bits(arguments["states"], wanted)
     assert compiled._compiler.works
 
@@ -77,7 +77,7 @@ def test_transforms_see_the_reference() -> None:
     zeros = torch.zeros(1, 2, dtype=torch.int32)
 
     def new(p: Tensor, direction: Tensor) -> Tensor:
-        return write_back([(p,)], [direction], ENTRY[1], zeros, zeros[:, 0], stochastic=False)[0][0]
+        return WRITE_BACK([(p,)], [direction], ENTRY[1], zeros, zeros[:, 0], numbers=(), stochastic=False)[0][0]
 
     p, direction = torch.randn(9), torch.randn(9)
     out, pullback, *_ = torch.func.vjp(new, p, direction)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.kernels.adamw import adamw, adamw_scalars
-from fzero.kernels.sgd import sgd
+import fzero as fz
 from fzero.program.graph.trace import Trace
 from fzero.program.lower.python import lower_graph
 from fzero.program.options import Options
@@ -21,28 +20,29 @@ from tests.test_program_trace import targets, traced
 
 P, M, V, G = (torch.linspace(k, k + 1.0, 8) for k in range(4))
 KEYS = torch.zeros(2, dtype=torch.int32)
-SCALARS = adamw_scalars(int32(0), lr=0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+ADAMW, SGD, NESTEROV = fz.adamw(0.1, weight_decay=0.1), fz.sgd(0.1), fz.sgd(0.1, 0.5, nesterov=True)
+SCALARS = ADAMW.scalars_of(int32(0), 1.0, True)
 STATE = frozenset({0, 1, 2})
 OPTIONS = Options()
 
 
 def update(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    how = {"b1": 0.9, "b2": 0.999}
-    ((p, m, v),) = adamw([(p, m, v)], [g], SCALARS, KEYS[None], KEYS[:1], **how, stochastic=False)
+    rest = SCALARS, KEYS[None], KEYS[:1]
+    ((p, m, v),) = ADAMW.kernel([(p, m, v)], [g], *rest, numbers=ADAMW.numbers, stochastic=False)
     return p, m, v
 
 
 def one_result(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
     """A list of one is a list: its element is taken out of it."""
-    scalars = SCALARS[:3]
-    ((new,),) = sgd([(p,)], [g], scalars, KEYS[None], KEYS[:1], momentum=0.0, nesterov=False, stochastic=False)
+    rest = SCALARS[:3], KEYS[None], KEYS[:1]
+    ((new,),) = SGD.kernel([(p,)], [g], *rest, numbers=SGD.numbers, stochastic=False)
     return new, m, v
 
 
 def two_leaves(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> Any:
     zeros = torch.zeros(2, 2, dtype=torch.int32)
-    states, how = [(p, m), (v, v * 2)], {"momentum": 0.5, "nesterov": True, "stochastic": False}
-    one, two = sgd(states, [g, g], SCALARS[:3], zeros, zeros[0], **how)  # type: ignore[arg-type]
+    rest = SCALARS[:3], zeros, zeros[0]
+    one, two = SGD.kernel([(p, m), (v, v * 2)], [g, g], *rest, numbers=NESTEROV.numbers, stochastic=False)
     return *one, *two
 
 

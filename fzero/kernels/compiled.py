@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fzero import _torch
 from fzero.own_thread import in_own_thread
-from fzero.random.bits import signed
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +47,33 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 Key = tuple[Update, tuple[Spec, ...], tuple[Spec, ...], tuple[tuple[str, Any], ...]]
 
 
-def run_in_place(
-    update: Update, operands: Sequence[Tensor], constants: Sequence[Tensor], offset: Tensor, **static: Any
-) -> None:
-    """Call `update(*operands, *constants, offset, **static)` for CPU tensors, the fastest way there is.
+def program_for(
+    update: Update, operands: Sequence[Tensor], constants: Sequence[Tensor], **static: Any
+) -> Update | None:
+    """Return a program that does what `update(*operands, *constants, **static)` does, or None: call it on `chunks`.
 
     Args:
         update: acts on each row by itself and overwrites some of its operands; plain torch ops, a module-level
             function. It is called with `compiled=True` where it is traced for Inductor, and with `compiled=False`
             op by op: both have to give the same bits.
-        operands: contiguous, equal in their first dimension, that of the rows. Without another dimension a row is an
-            element. The first operand has all elements; one with fewer dimensions has something for each row.
-        constants: small tensors that every element sees.
-        offset: int32, 0-d: the index of element 0. A chunk that starts at element `i` sees `offset + i`.
+        operands: CPU tensors, contiguous, equal in their first dimension, that of the rows. Without another dimension
+            a row is an element. The first operand has all elements; one with fewer dimensions has something for each
+            row.
+        constants: small tensors that every element sees, the index of element 0 the last.
         static: hashable; part of the compiled program.
     """
     rows, width = operands[0].shape[0], _width(operands[0].shape[1:])
     varying = tuple((operand.dtype, tuple(operand.shape[1:])) for operand in operands)
-    specs = tuple((constant.dtype, tuple(constant.shape)) for constant in (*constants, offset))
-    program = _program((update, varying, specs, tuple(static.items())), rows, width)
-    if program is not None:
-        program(*operands, *constants, offset)
-        return
+    specs = tuple((constant.dtype, tuple(constant.shape)) for constant in constants)
+    return _program((update, varying, specs, tuple(static.items())), rows, width)
+
+
+def chunks(operands: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Cut operands into parts that op-by-op evaluation keeps small; yield the index of a part's first element too."""
+    width = _width(operands[0].shape[1:])
     step = -(-CHUNK // width)
-    for start in range(0, rows, step):
-        chunk = [operand[start : start + step] for operand in operands]
-        update(*chunk, *constants, offset + signed(start * width), **static, compiled=False)
+    for start in range(0, operands[0].shape[0], step):
+        yield start * width, [operand[start : start + step] for operand in operands]
 
 
 def _width(row: Sequence[int]) -> int:

@@ -44,8 +44,11 @@ def update_block(
         values = values + (value,)  # noqa: RUF005
         old = old + (raw,)  # noqa: RUF005
     gradient = widened(tl.load(g_in + first + place, inside, 0.0))
-    new, ok = FORMULA(values, gradient, scalars, numbers)
-    factor = tl.load(scalars + SCALARS - 1)
+    shared: tl.tuple = ()
+    for k in tl.static_range(SCALARS):
+        shared = shared + (tl.load(scalars + k),)  # noqa: RUF005
+    new, ok = FORMULA(values, gradient, shared, numbers)
+    factor = shared[SCALARS - 1]
 
     index = place + (first.to(tl.int32) + tl.load(offset_in))
     noise = noises(index, tl.load(keys), tl.load(keys + 1))

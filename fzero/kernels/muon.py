@@ -7,19 +7,30 @@ gives out the direction. Orthogonalization is products of matrices, which torch 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fzero.kernels.nvidia import jit, tl
+from fzero.kernels import ops
 from fzero.kernels.reference import LeafState
-from fzero.kernels.rounding import is_finite
-from fzero.kernels.update import Update, define
+from fzero.kernels.update import Update
 from fzero.random.bits import fold
 
 # Coefficients of the quintic iteration, and the least norm that a matrix is divided by.
 A, B, C = 3.4445, -4.7750, 2.0315
 EPS = 1e-7
+
+
+def formula(values: ops.Value, gradient: ops.Value, scalars: ops.Value, numbers: ops.Value) -> tuple[Any, Any]:
+    """What a mean becomes, and the direction that it gives, in torch and in Triton: see `fzero.kernels.ops`."""
+    one_minus_decay, ahead = numbers
+    gradient = gradient * scalars[0]
+    mean = values[1] + (gradient - values[1]) * one_minus_decay
+    return (mean + (gradient - mean) * ahead, mean), ops.is_finite(gradient)
+
+
+MOMENTUM = Update("momentum", formula, ("direction", "m"), scalars=1)
 
 
 def momentum(
@@ -38,7 +49,7 @@ def momentum(
     An element whose gradient times the factor is not finite keeps its mean, and has NaN for a direction.
 
     Args:
-        states: for each leaf (m[, scales]), see `fzero.kernels.adamw.adamw`, as for all that follows.
+        states: for each leaf (m[, scales]), see `fzero.kernels.update.Update`, as for all that follows.
         grads: a gradient for each leaf.
         scalars: float32 of shape (1,): what the gradients have to be multiplied by to be true.
         keys: int32 of shape (leaves, 2).
@@ -62,39 +73,8 @@ def momentum(
     states = [(direction, *state) for direction, state in zip(directions, states, strict=True)]
     # The write-back of the parameter draws from the keys as they are.
     own = fold(keys, 1)
-    return MOMENTUM(states, grads, scalars, own, offsets, decay=decay, nesterov=nesterov, stochastic=stochastic)
-
-
-def momentum_formula(
-    values: Sequence[Tensor], g: Tensor, scalars: Tensor, *, compiled: bool, decay: float, nesterov: bool
-) -> tuple[list[Tensor], Tensor]:
-    """Momentum in plain torch operations, see `fzero.kernels.reference.Formula`."""
-    (factor,) = scalars.unbind()
-    gradient = g.float() * factor
-    mean = values[1] + (gradient - values[1]) * (1 - decay)
-    direction = mean + (gradient - mean) * (1 - decay) if nesterov else mean
-    return [direction, mean], torch.isfinite(gradient)
-
-
-@jit
-def momentum_kernel(values, g, scalars, numbers):
-    """`momentum_formula` for a block of elements; `numbers` are those of `momentum_numbers`."""
-    one_minus_decay, nesterov = numbers
-    gradient = g * tl.load(scalars)
-    mean = values[1] + (gradient - values[1]) * one_minus_decay
-    direction = tl.where(nesterov > 0, mean + (gradient - mean) * one_minus_decay, mean)
-    return (direction, mean), is_finite(gradient)
-
-
-def momentum_numbers(decay: float, nesterov: bool) -> tuple[float, ...]:
-    """Return the numbers that `momentum_kernel` takes."""
-    return 1 - decay, float(nesterov)
-
-
-MOMENTUM = Update(
-    "momentum", momentum_formula, ("direction", "m"), 1, ("decay", "nesterov"), momentum_kernel, momentum_numbers
-)
-define(MOMENTUM)
+    numbers = 1 - decay, (1 - decay) * nesterov
+    return MOMENTUM(states, grads, scalars, own, offsets, numbers=numbers, stochastic=stochastic)
 
 
 def orthogonalize(matrix: Tensor, *, steps: int = 5) -> Tensor:

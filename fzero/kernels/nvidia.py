@@ -20,14 +20,17 @@ if _WANTED and importlib.util.find_spec("triton"):
 else:
     triton = tl = None
 
-__all__ = ["constexpr", "jit", "narrowed", "reciprocal", "root", "signed_as", "tl", "widened"]
+__all__ = ["Value", "constexpr", "is_finite", "jit", "narrowed", "reciprocal", "root", "signed_as", "tl", "widened"]
 
 jit: Any = triton.jit if triton else lambda function: function
 constexpr: Any = tl.constexpr if triton else lambda value: value
 
+Value: Any = tl.tensor if triton else None
+
 # Whether the instructions of an NVIDIA GPU may be named.
 NVIDIA = constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and not torch.version.hip)
-# The sign bit of 32.
+# The largest number, and the sign bit of 32.
+LARGEST = constexpr(torch.finfo(torch.float32).max)
 SIGN = constexpr(-(1 << 31))
 
 
@@ -45,7 +48,8 @@ def reciprocal(x):
 
 @jit
 def root(x):
-    """The square root of float32 `x`, finite and not negative, correctly rounded, without a branch."""
+    """The square root of float32 `x`, not negative, correctly rounded, without a branch: see `fzero.kernels.ops`."""
+    x = tl.minimum(x, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if NVIDIA:
         # The error of a root of less than 2^-101 would be too small for float32: such a number is scaled.
         is_small = x < 2.0**-64
@@ -79,6 +83,12 @@ def widened(x):
         return x.to(tl.int32)
     else:
         return x.to(tl.float32)
+
+
+@jit
+def is_finite(x):
+    """Whether float32 `x` is."""
+    return tl.abs(x) < float("inf")
 
 
 @jit

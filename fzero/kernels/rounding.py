@@ -74,12 +74,6 @@ def round_float16(x, noise16):
     return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
-@jit
-def is_finite(x):
-    """Whether float32 `x` is."""
-    return tl.abs(x) < float("inf")
-
-
 def round_stochastic(x: Tensor, noise16: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Round float32 `x` to one of its two neighbours in `dtype`, each with the probability that keeps the mean.
 

@@ -14,22 +14,23 @@ the payload of a NaN).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fzero.kernels import nvidia
+from fzero.kernels.compiled import chunks, program_for
 from fzero.kernels.in_place import register, transformed
 from fzero.kernels.launch import launch
-from fzero.kernels.reference import Formula, LeafState, reference, run_leaf
-from fzero.kernels.storage import blocks_of, grouped, is_quantized
+from fzero.kernels.ops import over
+from fzero.kernels.reference import Formula, LeafState, Numbers, parts_of, reference, update_in_place
+from fzero.kernels.storage import blocks_of, draws, grouped, is_quantized
+from fzero.random.bits import signed
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# (update, out, state, grads, scalars, keys, offsets, *statics, stochastic)
-Write = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,10 @@ class Update:
     """An update kernel: its formula, and what its ops take.
 
     Attributes:
-        name: of the ops and of the public function.
-        formula: new float32 values of an element from old ones.
+        name: of the ops.
+        formula: new float32 values of an element from old ones, written once, over `fzero.kernels.ops`.
         values: names of the values that an element's state consists of, the parameter first; at most three.
-        scalars: how many numbers the formula takes from a tensor.
-        statics: names of those that are fixed; what they are, float or bool, the formula's annotations say.
-        kernel: the formula for Triton, see `fzero.kernels.launch`. Without it CUDA runs the reference op by op.
-        numbers: makes of the statics what the Triton formula takes.
+        scalars: how many numbers the formula takes from a tensor. The last is not finite where the step is skipped.
         optional: how many of the last values may be left out.
     """
 
@@ -51,10 +49,15 @@ class Update:
     formula: Formula
     values: tuple[str, ...]
     scalars: int
-    statics: tuple[str, ...]
-    kernel: Any = None
-    numbers: Callable[..., tuple[float, ...]] | None = None
     optional: int = 0
+
+    def __post_init__(self) -> None:
+        _define(self)
+
+    @functools.cached_property
+    def kernel(self) -> Any:
+        """The formula for Triton, see `fzero.kernels.launch`."""
+        return nvidia.jit(over(self.formula, nvidia))
 
     def __call__(
         self,
@@ -64,22 +67,41 @@ class Update:
         keys: Tensor,
         offsets: Tensor,
         *,
+        numbers: Numbers,
         stochastic: bool,
-        **statics: Any,
     ) -> list[tuple[Tensor, ...]]:
-        """Return new states, one for each leaf; see the kernel's public function."""
+        """Return the states of leaves after one step; nothing is overwritten.
+
+        An element that the formula does not change, because its gradient is not finite, keeps its values.
+
+        Args:
+            states: for each leaf its tensors in a row, each value as it is stored (see `fzero.kernels.storage`): of
+                AdamW (p[, remainder], m[, scales], v[, scales]). 1-D, contiguous, the same dtypes for all leaves.
+            grads: for each leaf its gradient: shape of the parameter; float32, bfloat16 or float16.
+            scalars: float32 of shape (`self.scalars`,).
+            keys: int32 of shape (leaves, 2), from `fzero.random.bits.leaf_keys`.
+            offsets: int32 of shape (leaves,): global index of element 0 in its leaf, modulo 2^32.
+            numbers: what the formula takes that never changes.
+            stochastic: round what does not hold float32 stochastically, by bits drawn for a leaf's keys and an
+                element's index; otherwise to nearest.
+
+        Returns:
+            The new states, in the form of the old ones. Under `torch.func` transforms differentiable, the rounding as
+            the identity.
+
+        Raises:
+            ValueError: a shape or a layout in memory that the kernel does not take; 8-bit moments under a transform.
+            TypeError: a dtype that it does not take.
+        """
         _check(self, states, grads, scalars, keys, offsets)
         state = [x for leaf in states for x in leaf]
-        numbers = [statics[name] for name in self.statics]
         if transformed(*state, *grads, scalars, keys, offsets):
             self._check_differentiable(states)
+            how: dict[str, Any] = {"numbers": numbers, "stochastic": stochastic}
             rows = zip(states, grads, keys.unbind(), offsets.unbind(), strict=True)
-            return [
-                tuple(reference(self.formula, leaf, g, scalars, key, offset, stochastic, **statics))
-                for leaf, g, key, offset in rows
-            ]
+            return [tuple(reference(self.formula, leaf, g, scalars, key, at, **how)) for leaf, g, key, at in rows]
         op = getattr(torch.ops.fzero, self.name)
-        new: list[Tensor] = op(state, list(grads), scalars, keys, offsets, *numbers, stochastic)
+        new: list[Tensor] = op(state, list(grads), scalars, keys, offsets, numbers, stochastic)
         return [tuple(leaf) for leaf in leaves_of(new, len(states))]
 
     def _check_differentiable(self, states: Sequence[LeafState]) -> None:
@@ -90,70 +112,69 @@ class Update:
             )
 
 
-def define(update: Update) -> None:
+def _define(update: Update) -> None:
     """Register the two ops of a kernel."""
-    fixed = "".join(f"{update.formula.__annotations__[name]} {name}, " for name in update.statics)
-    arguments = f"Tensor[] grads, Tensor scalars, Tensor keys, Tensor offsets, {fixed}bool stochastic"
+    arguments = "Tensor[] grads, Tensor scalars, Tensor keys, Tensor offsets, float[] numbers, bool stochastic"
     new, in_place = f"fzero::{update.name}", f"fzero::{update.name}_"
     tags = torch.Tag.pt2_compliant_tag
     torch.library.define(new, f"(Tensor[] state, {arguments}) -> Tensor[]", tags=tags)
     torch.library.define(in_place, f"(Tensor(a!)[] state, {arguments}) -> ()", tags=tags)
-    on_cuda = _write_leaf_by_leaf if update.kernel is None else _write_by_one_launch
-    for device, write in (("cpu", _write_leaf_by_leaf), ("cuda", on_cuda)):
-        torch.library.impl(new, device, functools.partial(_renew, write, update))
-        torch.library.impl(in_place, device, functools.partial(_overwrite, write, update))
+    for device, run in (("cpu", _run_on_cpu), ("cuda", _run_on_cuda)):
+        torch.library.impl(new, device, functools.partial(run, update, False))
+        torch.library.impl(in_place, device, functools.partial(run, update, True))
     torch.library.register_fake(new, lambda state, *rest: [torch.empty_like(x) for x in state])
     torch.library.register_fake(in_place, lambda state, *rest: None)
     ops = [getattr(torch.ops.fzero, name).default for name in (update.name, update.name + "_")]
     register(*ops, 0)
 
 
-def _renew(write: Write, update: Update, state: list[Tensor], *rest: Any) -> list[Tensor]:
-    out = [torch.empty_like(x) for x in state]
-    write(update, out, state, *rest)
-    return out
-
-
-def _overwrite(write: Write, update: Update, state: list[Tensor], *rest: Any) -> None:
-    write(update, state, state, *rest)
-
-
-def _write_by_one_launch(
+def _run_on_cuda(
     update: Update,
-    out: list[Tensor],
+    in_place: bool,
     state: list[Tensor],
     grads: list[Tensor],
     scalars: Tensor,
     keys: Tensor,
     offsets: Tensor,
-    *statics: Any,
-) -> None:
-    """Write new states into `out`, by one launch."""
-    assert update.numbers is not None, "a kernel comes with what it takes"
-    count = len(grads)
+    numbers: Sequence[float],
+    stochastic: bool,
+) -> list[Tensor] | None:
+    """Write new states, by one launch, into the old ones or into new memory."""
+    out, count = state if in_place else [torch.empty_like(x) for x in state], len(grads)
     launch(
         leaves_of(out, count), leaves_of(state, count), grads, scalars, keys, offsets,
-        formula=update.kernel, numbers=update.numbers(*statics[:-1]), stochastic=statics[-1],
+        formula=update.kernel, numbers=tuple(numbers), stochastic=stochastic,
     )  # fmt: skip
+    return None if in_place else out
 
 
-def _write_leaf_by_leaf(
+def _run_on_cpu(
     update: Update,
-    out: list[Tensor],
+    in_place: bool,
     state: list[Tensor],
     grads: list[Tensor],
     scalars: Tensor,
     keys: Tensor,
     offsets: Tensor,
-    *statics: Any,
-) -> None:
-    """Write new states into `out`, leaf by leaf."""
-    if out is not state:
-        for new, old in zip(out, state, strict=True):
-            new.copy_(old)
-    named = dict(zip((*update.statics, "stochastic"), statics, strict=True))
+    numbers: Sequence[float],
+    stochastic: bool,
+) -> list[Tensor] | None:
+    """Write new states, leaf by leaf, into the old ones or into new memory: by a compiled program, or op by op."""
+    out = state if in_place else [x.clone() for x in state]
+    # float32 throughout draws nothing: one program for both flags.
+    stochastic = stochastic and any(map(draws, grouped(out[: len(out) // max(1, len(grads))])))
+    how: dict[str, Any] = {"numbers": tuple(numbers), "stochastic": stochastic}
     for leaf, g, key, offset in zip(leaves_of(out, len(grads)), grads, keys.unbind(), offsets.unbind(), strict=True):
-        run_leaf(update.formula, leaf, g, scalars, key, offset, named)
+        for start, operands in parts_of(leaf, g):
+            constants = scalars, key, offset + signed(start)
+            if program := program_for(update_in_place, operands, constants, formula=update.formula, **how):
+                program(*operands, *constants)
+                continue
+            for first, (*old, gradient) in chunks(operands):
+                where = scalars, key, offset + signed(start + first)
+                for x, new in zip(old, reference(update.formula, old, gradient, *where, **how), strict=True):
+                    x.copy_(new)
+    return None if in_place else out
 
 
 def leaves_of(state: list[Tensor], count: int) -> list[list[Tensor]]:

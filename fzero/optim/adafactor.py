@@ -22,7 +22,7 @@ from torch import Tensor
 from fzero.calls.arguments import named, number, rate_of
 from fzero.kernels.adafactor import Matrices, factored_direction, finite_gradient, matrix_squares, sum_of_squares
 from fzero.kernels.storage import grouped
-from fzero.kernels.write_back import write_back, write_back_scalars
+from fzero.kernels.write_back import WRITE_BACK, write_back_scalars
 from fzero.marks import mark
 from fzero.optim.base import Mask, Optimizer, Rate, joined, mask_of, own_of, rate, roundings
 from fzero.optim.moments import (
@@ -94,8 +94,8 @@ class Adafactor(Optimizer):
                 means, direction, square = self._direction(old[halves:], gradient, grads.multiplier, leaf, now.share)
                 sums = leaf.sum(torch.stack([sum_of_squares(parameter), square]))
                 scalars = self._scalars(now, sums / leaf.numel, self.mask is None or bool(self.mask(path)))
-                ((own, *rest),) = write_back(
-                    [parameter], [direction], scalars, rounding.keys, rounding.offsets, stochastic=rounding.stochastic
+                ((own, *rest),) = WRITE_BACK(
+                    [parameter], [direction], scalars, *rounding.source, numbers=(), stochastic=rounding.stochastic
                 )
                 pieces[i], rows[i] = joined(own, grads, params, i), (*rest, *means)
         new = restored(beside, rows)

@@ -1,18 +1,21 @@
-"""AdamW and Adam: the update of `fzero.kernels.adamw`."""
+"""AdamW and Adam."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fzero.calls.arguments import named, number, rate_of
-from fzero.kernels.adamw import adamw as kernel
-from fzero.kernels.adamw import adamw_scalars
-from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.kernels import ops
+from fzero.kernels.update import Update
+from fzero.optim.base import Elementwise, Mask, Rate, mask_of
 from fzero.optim.moments import Moment
+
+# The range of what is added to a root, far beyond any use: the reciprocals of such numbers are exact.
+EPS_RANGE = 2.0**-100, 2.0**100
 
 
 class AdamState(NamedTuple):
@@ -20,6 +23,22 @@ class AdamState(NamedTuple):
 
     m: Moment
     v: Moment
+
+
+def formula(values: ops.Value, gradient: ops.Value, scalars: ops.Value, numbers: ops.Value) -> tuple[Any, Any]:
+    """What one element becomes, in torch and in Triton: see `fzero.kernels.ops`."""
+    p, first, second = values
+    decay, step_size, eps, factor = scalars
+    one_minus_b1, b2, one_minus_b2 = numbers
+    gradient = gradient * factor
+    square = gradient * gradient
+    first = first + (gradient - first) * one_minus_b1
+    second = second * b2 + square * one_minus_b2
+    p = p * decay - step_size * (first * ops.reciprocal(ops.root(second) + eps))
+    return (p, first, second), ops.is_finite(square)
+
+
+ADAMW = Update("adamw", formula, ("p", "m", "v"), scalars=4)
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,18 +54,17 @@ class AdamW(Elementwise):
 
     state_type = AdamState
     signed = (True, False)
+    kernel = ADAMW
 
-    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
-        weight_decay = self.weight_decay if decays else 0.0
-        return adamw_scalars(step, rate(self.lr, step), self.b1, self.b2, self.eps, weight_decay, factor)
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return 1 - self.b1, self.b2, 1 - self.b2
 
-    def kernel(
-        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
-    ) -> Sequence[LeafState]:
-        return kernel(
-            states, grads, scalars, rounding.keys, rounding.offsets,
-            b1=self.b1, b2=self.b2, stochastic=rounding.stochastic,
-        )  # fmt: skip
+    def scalars(self, t: Tensor, lr: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
+        # The root of 1 - b2^t corrects the second moment. As a factor of these two, no element is multiplied by it.
+        correction = torch.sqrt(1 - self.b2**t)
+        step_size = lr * correction / (1 - self.b1**t)
+        return 1 - lr * weight_decay, step_size, (self.eps * correction).clamp(*EPS_RANGE)
 
 
 @named("fz.adamw")

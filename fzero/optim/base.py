@@ -17,7 +17,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fzero import tree
 from fzero.calls import shown
 from fzero.calls.nearest import nearest
 from fzero.errors import ShapeError, TreeError
+from fzero.kernels.update import Update
 from fzero.marks import mark
 from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
 from fzero.optim.norm import Squares
@@ -161,6 +162,11 @@ class Rounding:
     offsets: Tensor
     stochastic: bool
 
+    @property
+    def source(self) -> tuple[Tensor, Tensor]:
+        """Keys and offsets, as kernels take them."""
+        return self.keys, self.offsets
+
     @staticmethod
     def joined(parts: Sequence[Rounding]) -> Rounding:
         """Return that of several leaves, which round alike."""
@@ -181,11 +187,18 @@ SMALL = {"cuda": 1 << 15}
 class Elementwise(Optimizer):
     """An optimizer whose update acts on each element by itself.
 
-    A subclass gives `signed`, `state_type`, `scalars` and `kernel`.
+    A subclass gives `kernel`, `numbers`, `scalars`, `signed` and `state_type`.
     """
 
     lr: Rate
+    weight_decay: float
     mask: Mask | None
+    kernel: ClassVar[Update]
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[float, ...]:
+        """What the formula of the kernel takes that never changes."""
 
     @property
     @abstractmethod
@@ -198,14 +211,26 @@ class Elementwise(Optimizer):
         """For each moment, whether it may be negative."""
 
     @abstractmethod
-    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
-        """Return what the kernel shares between leaves of a step, of those that decay or of the others."""
+    def scalars(self, t: Tensor, lr: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
+        """Return what the formula takes that changes from step to step, but for the factor of the gradient, its last.
 
-    @abstractmethod
-    def kernel(
-        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
-    ) -> Sequence[LeafState]:
-        """Return the new states of some leaves of one storage: 1-D pieces, dtypes unchanged."""
+        Args:
+            t: float64, 0-d: the number of this step, from 1 on.
+            lr: float64, 0-d.
+            weight_decay: of some leaves; 0 for those that the mask exempts.
+        """
+
+    def scalars_of(self, step: Tensor, factor: float | Tensor, decays: bool) -> Tensor:
+        """Return all scalars of the kernel: computed in float64, rounded to float32, on the device of `step`.
+
+        Args:
+            step: 0-based count of the steps taken: int32, 0-d.
+            factor: what the gradient has to be multiplied by to be true; NaN skips the step.
+            decays: whether they are those of leaves that decay.
+        """
+        t = step.to(torch.float64) + 1
+        made = self.scalars(t, rate(self.lr, step).to(torch.float64), self.weight_decay if decays else 0.0)
+        return torch.stack([*made, torch.zeros_like(t) + factor]).to(torch.float32)
 
     def learning_rate(self, step: Tensor) -> Tensor:
         return rate(self.lr, step)
@@ -227,7 +252,7 @@ class Elementwise(Optimizer):
         moments, remainder = without_remainder(opt_state)
         beside = moments if remainder is None else (remainder, *moments)
         decays = self._decays(params)
-        scalars = {either: self.scalars(step, grads.multiplier, either) for either in dict.fromkeys(decays)}
+        scalars = {either: self.scalars_of(step, grads.multiplier, either) for either in dict.fromkeys(decays)}
         rounding = roundings(grads, params, step=step, seed=seed)
         pieces = list(params.pieces)
         rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
@@ -238,7 +263,9 @@ class Elementwise(Optimizer):
                     [(own_of(grads, params, i), *stored(beside, i)) for i in group],
                     [piece for i in group if (piece := grads.pieces[i]) is not None],
                     scalars[decays[group[0]]],
-                    Rounding.joined([rounding[i] for i in group]),
+                    *Rounding.joined([rounding[i] for i in group]).source,
+                    numbers=self.numbers,
+                    stochastic=rounding[group[0]].stochastic,
                 )
                 for i, (own, *row) in zip(group, updated, strict=True):
                     pieces[i], rows[i] = joined(own, grads, params, i), tuple(row)

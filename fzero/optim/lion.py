@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fzero.calls.arguments import named, number, rate_of
-from fzero.kernels.lion import lion as kernel
-from fzero.kernels.lion import lion_scalars
-from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.kernels import ops
+from fzero.kernels.update import Update
+from fzero.optim.base import Elementwise, Mask, Rate, mask_of
 from fzero.optim.moments import Moment
 
 
@@ -19,6 +18,19 @@ class LionState(NamedTuple):
     """The running mean of gradients."""
 
     m: Moment
+
+
+def formula(values: ops.Value, gradient: ops.Value, scalars: ops.Value, numbers: ops.Value) -> tuple[Any, Any]:
+    """What one element becomes, in torch and in Triton: see `fzero.kernels.ops`."""
+    p, m = values
+    decay, lr, factor = scalars
+    share, b2, one_minus_b2 = numbers
+    gradient = gradient * factor
+    step = ops.signed_as(lr, m * share + gradient)
+    return (p * decay - step, m * b2 + gradient * one_minus_b2), ops.is_finite(gradient)
+
+
+LION = Update("lion", formula, ("p", "m"), scalars=3)
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,17 +45,14 @@ class Lion(Elementwise):
 
     state_type = LionState
     signed = (True,)
+    kernel = LION
 
-    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
-        return lion_scalars(step, rate(self.lr, step), self.weight_decay if decays else 0.0, factor)
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self.b1 / (1 - self.b1), self.b2, 1 - self.b2
 
-    def kernel(
-        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
-    ) -> Sequence[LeafState]:
-        return kernel(
-            states, grads, scalars, rounding.keys, rounding.offsets,
-            b1=self.b1, b2=self.b2, stochastic=rounding.stochastic,
-        )  # fmt: skip
+    def scalars(self, t: Tensor, lr: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
+        return 1 - lr * weight_decay, lr
 
 
 @named("fz.lion")

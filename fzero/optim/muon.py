@@ -22,7 +22,7 @@ from fzero.calls import shown
 from fzero.calls.arguments import flag, named, number, rate_of, whole
 from fzero.kernels.muon import momentum, orthogonalize
 from fzero.kernels.storage import grouped
-from fzero.kernels.write_back import write_back, write_back_scalars
+from fzero.kernels.write_back import WRITE_BACK, write_back_scalars
 from fzero.marks import mark
 from fzero.optim.adamw import adamw
 from fzero.optim.base import (
@@ -153,7 +153,7 @@ class Muon(Optimizer):
     ) -> LeafState:  # fmt: skip
         parameter, old = grouped(state)
         ((direction, *mean),) = momentum(
-            [old], [gradient], factor.view(1), rounding.keys, rounding.offsets,
+            [old], [gradient], factor.view(1), *rounding.source,
             decay=self.momentum, nesterov=self.nesterov, stochastic=rounding.stochastic,
         )  # fmt: skip
         whole = join(direction, spec, mesh)
@@ -162,8 +162,8 @@ class Muon(Optimizer):
         orthogonal = orthogonalize(matrix, steps=self.steps).reshape(spec.shape)
         own = own_piece(block_of(orthogonal, spec, mesh), spec, mesh)
         own = torch.where(torch.isfinite(direction), own, torch.nan)
-        (parameter,) = write_back(
-            [parameter], [own], scalars, rounding.keys, rounding.offsets, stochastic=rounding.stochastic
+        (parameter,) = WRITE_BACK(
+            [parameter], [own], scalars, *rounding.source, numbers=(), stochastic=rounding.stochastic
         )
         return (*parameter, *mean)
 

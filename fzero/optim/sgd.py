@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fzero.calls.arguments import flag, named, number, rate_of
-from fzero.kernels.sgd import sgd as kernel
-from fzero.kernels.sgd import sgd_scalars
-from fzero.optim.base import Elementwise, LeafState, Mask, Rate, Rounding, mask_of, rate
+from fzero.kernels import ops
+from fzero.kernels.update import Update
+from fzero.optim.base import Elementwise, Mask, Rate, mask_of
 from fzero.optim.moments import Moment
 
 
@@ -25,6 +26,24 @@ class PlainSGDState(NamedTuple):
     """Nothing: without momentum there is no state."""
 
 
+def formula(values: ops.Value, gradient: ops.Value, scalars: ops.Value, numbers: ops.Value) -> tuple[Any, Any]:
+    """What one element becomes, in torch and in Triton: see `fzero.kernels.ops`."""
+    lr, weight_decay, factor = scalars
+    momentum, along_velocity, along_gradient = numbers
+    gradient = gradient * factor
+    ok = ops.is_finite(gradient)
+    gradient = gradient + weight_decay * values[0]
+    if len(values) == 1:
+        return (values[0] - lr * gradient,), ok
+    else:
+        velocity = values[1] * momentum + gradient
+        direction = gradient * along_gradient + velocity * along_velocity
+        return (values[0] - lr * direction, velocity), ok
+
+
+SGD_UPDATE = Update("sgd", formula, ("p", "velocity"), scalars=3, optional=1)
+
+
 @dataclass(frozen=True, repr=False)
 class SGD(Elementwise):
     """See `sgd`."""
@@ -35,6 +54,8 @@ class SGD(Elementwise):
     weight_decay: float = 0.0
     mask: Mask | None = None
 
+    kernel = SGD_UPDATE
+
     @property
     def state_type(self) -> Callable[..., Any]:
         return SGDState if self.momentum else PlainSGDState
@@ -43,16 +64,12 @@ class SGD(Elementwise):
     def signed(self) -> tuple[bool, ...]:
         return (True,) if self.momentum else ()
 
-    def scalars(self, step: Tensor, factor: Tensor, decays: bool) -> Tensor:
-        return sgd_scalars(step, rate(self.lr, step), self.weight_decay if decays else 0.0, factor)
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self.momentum, self.momentum if self.nesterov else 1.0, float(self.nesterov)
 
-    def kernel(
-        self, states: Sequence[LeafState], grads: Sequence[Tensor], scalars: Tensor, rounding: Rounding
-    ) -> Sequence[LeafState]:
-        return kernel(
-            states, grads, scalars, rounding.keys, rounding.offsets,
-            momentum=self.momentum, nesterov=self.nesterov, stochastic=rounding.stochastic,
-        )  # fmt: skip
+    def scalars(self, t: Tensor, lr: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
+        return lr, torch.zeros_like(lr) + weight_decay
 
 
 @named("fz.sgd")
