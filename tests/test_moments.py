@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fzero as fz
-from fzero.optim import base
+from fzero.optim import elementwise
 from fzero.optim.moments import MIN_QUANTIZED, Quantized, WithRemainder, restored, stored, zeros
 from tests import world
 from tests.small import assert_same_bits, flat, gradient_of, parameters
@@ -92,7 +92,7 @@ def test_small_pieces_updated_together_get_the_bits_that_they_get_alone(
     weights = fz.tree.map(lambda x: x * 0.1, {**parameters(1), "wide": torch.ones(64, 32)})
 
     def updated(small: int) -> tuple[Any, int]:
-        monkeypatch.setattr(base, "SMALL", {"cpu": small})
+        monkeypatch.setattr(elementwise, "SMALL", {"cpu": small})
         state = fz.init(tree, optimizer, fz.make_mesh("cpu"), policy=policy)
         step = fz.jit(lambda s: fz.apply_gradients(s, gradient_of(s, weights))[0], donate=0)
         for _ in range(2):

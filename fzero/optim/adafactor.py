@@ -24,16 +24,11 @@ from fzero.kernels.adafactor import Matrices, factored_direction, finite_gradien
 from fzero.kernels.storage import grouped
 from fzero.kernels.write_back import WRITE_BACK, write_back_scalars
 from fzero.marks import mark
-from fzero.optim.base import Mask, Optimizer, Rate, joined, mask_of, own_of, rate, roundings
-from fzero.optim.moments import (
-    WithRemainder,
-    moment_placement,
-    restored,
-    stored,
-    with_remainder,
-    without_remainder,
-)
-from fzero.optim.norm import Squares
+from fzero.optim.base import Optimizer
+from fzero.optim.leaves import Leaves
+from fzero.optim.masks import Mask, mask_of
+from fzero.optim.moments import moment_placement, with_remainder
+from fzero.optim.step import Rate, Step, rate
 from fzero.ranks.collectives import all_reduce
 from fzero.ranks.mesh import Mesh
 from fzero.sharding.leaf import P, Spec
@@ -67,40 +62,24 @@ class Adafactor(Optimizer):
         state = AdafactorState(*(_zeros(params, placement, k == 2) for k, placement in enumerate(placements)))
         return with_remainder(state, params, remainder)
 
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: Any,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, Any]:
-        moments, remainder = without_remainder(opt_state)
-        beside = moments if remainder is None else (remainder, *moments)
-        pieces = list(params.pieces)
-        rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
-        now = self._now(step)
-        for i, rounding in enumerate(roundings(grads, params, step=step, seed=seed)):
-            gradient, path, spec = grads.pieces[i], params.paths[i], grads.placement.specs[i]
-            if params.pieces[i] is None or gradient is None:
-                continue
+    def update_sharded(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
+        leaves, now = Leaves(grads, opt_state, params, at), self._now(at.count)
+        for i in leaves.indices:
+            path = params.paths[i]
             with mark(role="update", leaf=path):
-                old = stored(beside, i)
-                halves = 0 if remainder is None or remainder.pieces[i] is None else 1
-                parameter = grouped((own_of(grads, params, i), *old[:halves]))[0]
-                leaf = _Leaf.of(spec, params.mesh)
-                means, direction, square = self._direction(old[halves:], gradient, grads.multiplier, leaf, now.share)
+                (state,), (gradient,), rounding = leaves.take([i])
+                parameter, *old = grouped(state)
+                leaf = _Leaf.of(grads.placement.specs[i], params.mesh)
+                means, direction, square = self._direction(
+                    tuple(x for (x,) in old), gradient, grads.multiplier, leaf, now.share
+                )
                 sums = leaf.sum(torch.stack([sum_of_squares(parameter), square]))
                 scalars = self._scalars(now, sums / leaf.numel, self.mask is None or bool(self.mask(path)))
-                ((own, *rest),) = WRITE_BACK(
+                (new,) = WRITE_BACK(
                     [parameter], [direction], scalars, *rounding.source, numbers=(), stochastic=rounding.stochastic
                 )
-                pieces[i], rows[i] = joined(own, grads, params, i), (*rest, *means)
-        new = restored(beside, rows)
-        state = AdafactorState(*(new if remainder is None else new[1:]))
-        return params.replace(pieces=tuple(pieces)), state if remainder is None else WithRemainder(state, new[0])
+                leaves.put([i], [(*new, *means)])
+        return leaves.done()
 
     def learning_rate(self, step: Tensor) -> Tensor:
         return rate(self.lr, step)

@@ -13,35 +13,25 @@ element so, and then nothing moves.
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fzero import tree
 from fzero.calls import shown
-from fzero.calls.nearest import nearest
-from fzero.errors import ShapeError, TreeError
-from fzero.kernels.update import Update
-from fzero.marks import mark
-from fzero.optim.moments import WithRemainder, restored, stored, with_remainder, without_remainder, zeros
-from fzero.optim.norm import Squares
-from fzero.optim.pair import check_pair
-from fzero.random.bits import fold, signed, step_keys
+from fzero.errors import LayoutError, PolicyError, TreeError
+from fzero.optim.masks import Mask, check_mask
+from fzero.optim.step import Step
+from fzero.random.bits import signed
 from fzero.ranks.mesh import Mesh
 from fzero.ranks.peers import collective
 from fzero.sharding.layout import zero
-from fzero.sharding.leaf import first_elements, join_block, own_piece
 from fzero.sharding.parameters import check_updated
 from fzero.sharding.placement import place
 from fzero.sharding.sharded import Sharded, held
-
-Rate = float | Callable[[Tensor], Tensor]
-Mask = Callable[[str], bool]
 
 
 class Optimizer(ABC):
@@ -78,7 +68,7 @@ class Optimizer(ABC):
         lifted, lifted_grads = _lift(params), _lift(grads, like=params)
         device = lifted.mesh.device
         new, opt_state = self.update_sharded(
-            lifted_grads, opt_state, lifted, step=_counter(step, device), seed=_counter(seed, device)
+            lifted_grads, opt_state, lifted, Step(_counter(step, device), _counter(seed, device))
         )
         return (new if isinstance(params, Sharded) else _lower(new)), opt_state
 
@@ -92,16 +82,7 @@ class Optimizer(ABC):
         """
 
     @abstractmethod
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: Any,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, Any]:
+    def update_sharded(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
         """Do what `update` does, unchecked, given what may have been measured of `grads` already.
 
         Args:
@@ -148,255 +129,38 @@ def kind_of(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """What the write-back of some leaves draws from.
-
-    Attributes:
-        keys: int32 of shape (n, 2): for each leaf.
-        offsets: int32 of shape (n,): global index of the first element of each piece.
-        stochastic: whether low-precision results are rounded stochastically.
-    """
-
-    keys: Tensor
-    offsets: Tensor
-    stochastic: bool
-
-    @property
-    def source(self) -> tuple[Tensor, Tensor]:
-        """Keys and offsets, as kernels take them."""
-        return self.keys, self.offsets
-
-    @staticmethod
-    def joined(parts: Sequence[Rounding]) -> Rounding:
-        """Return that of several leaves, which round alike."""
-        if len(parts) == 1:
-            return parts[0]
-        keys, offsets = torch.cat([part.keys for part in parts]), torch.cat([part.offsets for part in parts])
-        return Rounding(keys, offsets, parts[0].stochastic)
-
-
-# A leaf's state, flat: the parameter, its remainder if it is split, each moment, its scales if it is quantized.
-LeafState = tuple[Tensor, ...]
-
-# Pieces under this many elements are updated together, where a launch costs as much as 100,000 elements. Their
-# gradients then wait for one another.
-SMALL = {"cuda": 1 << 15}
-
-
-class Elementwise(Optimizer):
-    """An optimizer whose update acts on each element by itself.
-
-    A subclass gives `kernel`, `numbers`, `scalars`, `signed` and `state_type`.
-    """
-
-    lr: Rate
-    weight_decay: float
-    mask: Mask | None
-    kernel: ClassVar[Update]
-
-    @property
-    @abstractmethod
-    def numbers(self) -> tuple[float, ...]:
-        """What the formula of the kernel takes that never changes."""
-
-    @property
-    @abstractmethod
-    def state_type(self) -> Callable[..., Any]:
-        """A named tuple of the moments."""
-
-    @property
-    @abstractmethod
-    def signed(self) -> tuple[bool, ...]:
-        """For each moment, whether it may be negative."""
-
-    @abstractmethod
-    def scalars(self, t: Tensor, lr: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
-        """Return what the formula takes that changes from step to step, but for the factor of the gradient, its last.
-
-        Args:
-            t: float64, 0-d: the number of this step, from 1 on.
-            lr: float64, 0-d.
-            weight_decay: of some leaves; 0 for those that the mask exempts.
-        """
-
-    def scalars_of(self, step: Tensor, factor: float | Tensor, decays: bool) -> Tensor:
-        """Return all scalars of the kernel: computed in float64, rounded to float32, on the device of `step`.
-
-        Args:
-            step: 0-based count of the steps taken: int32, 0-d.
-            factor: what the gradient has to be multiplied by to be true; NaN skips the step.
-            decays: whether they are those of leaves that decay.
-        """
-        t = step.to(torch.float64) + 1
-        made = self.scalars(t, rate(self.lr, step).to(torch.float64), self.weight_decay if decays else 0.0)
-        return torch.stack([*made, torch.zeros_like(t) + factor]).to(torch.float32)
-
-    def learning_rate(self, step: Tensor) -> Tensor:
-        return rate(self.lr, step)
-
-    def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
-        state = self.state_type(*(zeros(params, signed=signed) for signed in self.signed))
-        return with_remainder(state, params, remainder)
-
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: Any,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, Any]:
-        moments, remainder = without_remainder(opt_state)
-        beside = moments if remainder is None else (remainder, *moments)
-        decays = self._decays(params)
-        scalars = {either: self.scalars_of(step, grads.multiplier, either) for either in dict.fromkeys(decays)}
-        rounding = roundings(grads, params, step=step, seed=seed)
-        pieces = list(params.pieces)
-        rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
-        for group in self._groups(grads, params, beside):
-            named = params.paths[group[0]] + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-            with mark(role="update", leaf=named):
-                updated = self.kernel(
-                    [(own_of(grads, params, i), *stored(beside, i)) for i in group],
-                    [piece for i in group if (piece := grads.pieces[i]) is not None],
-                    scalars[decays[group[0]]],
-                    *Rounding.joined([rounding[i] for i in group]).source,
-                    numbers=self.numbers,
-                    stochastic=rounding[group[0]].stochastic,
+def check_pair(grads: Any, params: Any) -> None:
+    """Raise if gradients are not those of these parameters."""
+    expected, got = _shapes(params), _shapes(grads)
+    lines = [
+        f"{path or '(the whole)'}: expected {expected.get(path, 'nothing')}, got {got.get(path, 'nothing')}"
+        for path in dict.fromkeys([*expected, *got])
+        if path not in expected or path not in got or got[path] not in ("None", expected[path])
+    ]
+    if lines or isinstance(grads, Sharded) != isinstance(params, Sharded):
+        lines = lines or [f"expected a {type(params).__name__}, got a {type(grads).__name__}"]
+        raise TreeError("update: gradients do not pair with parameters:\n  " + "\n  ".join(lines))
+    if isinstance(params, Sharded):
+        if grads.policy is not None and params.policy is not None and grads.policy != params.policy:
+            raise PolicyError(
+                f"update: the gradients were taken under another policy, {grads.policy}, than the parameters are "
+                f"stored by, {params.policy}. Take the gradient with respect to the state that it updates."
+            )
+        placement = params.placement.cut_over(params.layout.gradient_cut)
+        for path, spec, other in zip(params.paths, placement.specs, grads.placement.specs, strict=True):
+            if spec != other:
+                raise LayoutError(
+                    f"update: the gradient of leaf {path!r} is cut over {other.cut}, and its moments over {spec.cut}. "
+                    f"Take the gradient with respect to the state that it updates."
                 )
-                for i, (own, *row) in zip(group, updated, strict=True):
-                    pieces[i], rows[i] = joined(own, grads, params, i), tuple(row)
-        new = restored(beside, rows)
-        state = self.state_type(*(new if remainder is None else new[1:]))
-        return params.replace(pieces=tuple(pieces)), state if remainder is None else WithRemainder(state, new[0])
-
-    def _decays(self, params: Sharded) -> list[bool]:
-        return [self.mask is None or bool(self.mask(path)) for path in params.paths]
-
-    def _groups(self, grads: Sharded, params: Sharded, beside: Sequence[Any]) -> list[list[int]]:
-        """Return the leaves that have gradients: large ones by themselves, small ones of one kind together, last."""
-        alone, together = [], dict[Any, list[int]]()
-        small = SMALL.get(params.mesh.device.type, 0)
-        for i, (path, decays) in enumerate(zip(params.paths, self._decays(params), strict=True)):
-            piece, gradient = params.pieces[i], grads.pieces[i]
-            if piece is None or gradient is None:
-                continue
-            if gradient.shape[-1] >= small:
-                alone.append([i])
-                continue
-            dtypes = tuple(x.dtype for x in (piece, gradient, *stored(beside, i)))
-            together.setdefault((dtypes, decays, params.placement.policy_of(path)), []).append(i)
-        return alone + list(together.values())
 
 
-def own_of(grads: Sharded, params: Sharded, index: int) -> Tensor:
-    """Return this rank's own piece of a parameter, cut as its gradient is."""
-    piece, spec = params.pieces[index], grads.placement.specs[index]
-    assert piece is not None
-    return own_piece(piece, spec, params.mesh) if _is_stored_whole(grads, params, index) else piece
-
-
-def joined(own: Tensor, grads: Sharded, params: Sharded, index: int) -> Tensor:
-    """Return a parameter as it is stored, of the pieces that ranks have updated. Undoes `own_of`."""
-    spec = grads.placement.specs[index]
-    return join_block(own, spec, params.mesh) if _is_stored_whole(grads, params, index) else own
-
-
-def _is_stored_whole(grads: Sharded, params: Sharded, index: int) -> bool:
-    return grads.placement.specs[index].cut != params.placement.specs[index].cut
-
-
-def rate(lr: Rate, step: Tensor) -> Tensor:
-    """Return a learning rate at a step, as fp32 of shape ()."""
-    value = lr(step) if callable(lr) else lr
-    if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=torch.float32, device=step.device)
-    if value.numel() != 1:
-        raise ShapeError(
-            f"fz.apply_gradients: the learning rate of a step must be one number, got {tree.describe(value)} from "
-            f"{getattr(lr, '__name__', lr)}. Return a tensor of shape ()."
-        )
-    return value.reshape(()).to(torch.float32)
-
-
-def mask_of(call: str, mask: Any, name: str = "mask") -> Mask | None:
-    """Return a mask as a function of paths: from a function, or a tree of booleans like the parameters."""
-    if mask is None or callable(mask):
-        return mask
-    values = ByPath.of(mask, f"{call}: {name}")
-    for path, value in values.values:
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"{call}: {name}: expected a function of the dotted path, or a tree of True and False like the "
-                f"parameters, got {tree.describe(value)} at {path or '(the whole)'}. For the leaves of a pattern write "
-                f"{name}=lambda path: fnmatch.fnmatch(path, '*.weight')."
-            )
-    return values
-
-
-def check_mask(mask: Mask | None, own: Sequence[str], everyone: Sequence[str], idle: str) -> None:
-    """Raise where a mask does not know a leaf, or names one that there is not; or chooses none, if that is `idle`."""
-    if mask is None or not everyone:
-        return
-    if isinstance(mask, ByPath):
-        mask.check(everyone)
-        for path in own:
-            mask(path)
-    elif idle and not any(mask(path) for path in everyone):
-        raise ValueError(
-            f"fz.init: the mask of the optimizer is true for no leaf, so {idle}. The paths are "
-            f"{', '.join(everyone[:5])}{', …' if len(everyone) > 5 else ''}. Mend the mask, or pass weight_decay=0."
-        )
-
-
-@dataclass(frozen=True)
-class ByPath:
-    """A tree of values like the parameters, as a function of a path."""
-
-    what: str
-    values: tuple[tuple[str, Any], ...]
-
-    def __repr__(self) -> str:
-        # Of many leaves the whole would be pages.
-        return shown.text(tree.nest(dict(self.values))) if len(self.values) <= 16 else f"<{len(self.values)} leaves>"
-
-    @staticmethod
-    def of(tree_: Any, what: str) -> ByPath:
-        """Return a tree as such a function; `what` it is stands in messages."""
-        return ByPath(what, tuple(zip(tree.paths(tree_), tree.leaves(tree_), strict=True)))
-
-    def __call__(self, path: str) -> Any:
-        values = dict(self.values)
-        if path not in values:
-            raise TreeError(
-                f"{self.what} has nothing at {path!r}.{nearest(path, values)} Give it every leaf of the parameters."
-            )
-        return values[path]
-
-    def check(self, paths: Sequence[str]) -> None:
-        """Raise where a path of this tree is that of no leaf."""
-        if idle := [path for path, _ in self.values if path not in set(paths)]:
-            raise TreeError(
-                f"{self.what} has {idle[0]!r}, and no leaf has this path.{nearest(idle[0], paths)} The paths are "
-                f"{', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}."
-            )
-
-
-def roundings(grads: Sharded, params: Sharded, *, step: Tensor, seed: Tensor) -> list[Rounding]:
-    """Return what each leaf rounds by: keys and offsets of all leaves at once, a few operations in all."""
-    mesh, specs = params.mesh, grads.placement.specs
-    policies = [params.placement.policy_of(path) for path in params.paths]
-    stochastic = [policy is not None and policy.rounding == "stochastic" for policy in policies]
-    if not any(stochastic):
-        keys = torch.zeros((1, 2), dtype=torch.int32, device=mesh.device)
-        return [Rounding(keys, keys[0, :1], stochastic=False)] * len(specs)
-    hashes = torch.tensor([signed(zlib.crc32(p.encode())) for p in params.paths], dtype=torch.int32, device=mesh.device)
-    keys = fold(step_keys(seed, step), hashes[:, None])
-    offsets = first_elements(specs, mesh)
-    return [Rounding(*row) for row in zip(keys.split(1), offsets.split(1), stochastic, strict=True)]
+def _shapes(tree_: Any) -> dict[str, str]:
+    if isinstance(tree_, Sharded):
+        return {path: f"shape {shape}" for path, shape in zip(tree_.paths, tree_.shapes, strict=True)}
+    leaves = tree.leaves(tree_, none_is_leaf=True)
+    shapes = [f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else tree.describe(leaf) for leaf in leaves]
+    return dict(zip(tree.paths(tree_, none_is_leaf=True), shapes, strict=True))
 
 
 def _counter(value: int | Tensor, device: torch.device) -> Tensor:

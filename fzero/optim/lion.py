@@ -10,8 +10,10 @@ from torch import Tensor
 from fzero.calls.arguments import named, number, rate_of
 from fzero.kernels import ops
 from fzero.kernels.update import Update
-from fzero.optim.base import Elementwise, Mask, Rate, mask_of
+from fzero.optim.elementwise import Elementwise
+from fzero.optim.masks import Mask, mask_of
 from fzero.optim.moments import Moment
+from fzero.optim.step import Rate
 
 
 class LionState(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +25,11 @@ from fzero.kernels.storage import grouped
 from fzero.kernels.write_back import WRITE_BACK, write_back_scalars
 from fzero.marks import mark
 from fzero.optim.adamw import adamw
-from fzero.optim.base import (
-    ByPath,
-    LeafState,
-    Mask,
-    Optimizer,
-    Rate,
-    Rounding,
-    check_mask,
-    joined,
-    kind_of,
-    mask_of,
-    own_of,
-    rate,
-    roundings,
-)
-from fzero.optim.moments import Moment, WithRemainder, restored, stored, with_remainder, without_remainder, zeros
-from fzero.optim.norm import Squares
+from fzero.optim.base import Optimizer, kind_of
+from fzero.optim.leaves import LeafState, Leaves
+from fzero.optim.masks import ByPath, Mask, check_mask, mask_of
+from fzero.optim.moments import Moment, with_remainder, zeros
+from fzero.optim.step import Rate, Rounding, Step, rate
 from fzero.ranks.mesh import Mesh
 from fzero.sharding.leaf import Spec, block_of, join, own_piece
 from fzero.sharding.sharded import Sharded
@@ -88,23 +76,12 @@ class Muon(Optimizer):
             with_remainder(state, params.select(matrices), own), self.others.init_sharded(params.select(rest), others)
         )
 
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: MuonState,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, MuonState]:
+    def update_sharded(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
         matrices, rest = self._groups(params)
-        moved, own = self._update_matrices(
-            grads.select(matrices), opt_state.matrices, params.select(matrices), step=step, seed=seed
-        )
-        moved_rest, others = self.others.update_sharded(
-            grads.select(rest), opt_state.others, params.select(rest), step=step, seed=seed
-        )
+        at = replace(at, squares=None)  # they are those of all leaves
+        moved, own = self._update_matrices(grads.select(matrices), opt_state.matrices, params.select(matrices), at)
+        given = grads.select(rest), opt_state.others, params.select(rest)
+        moved_rest, others = self.others.update_sharded(*given, at)
         new = dict(zip((*matrices, *rest), (*moved.pieces, *moved_rest.pieces), strict=True))
         return params.replace(pieces=tuple(new[i] for i in range(len(new)))), MuonState(own, others)
 
@@ -125,27 +102,15 @@ class Muon(Optimizer):
         others = [(f"others: {name}", part) for name, part in self.others.parts(opt_state.others)]
         return [(kind_of(self), opt_state.matrices), *others]
 
-    def _update_matrices(
-        self, grads: Sharded, opt_state: Any, params: Sharded, *, step: Tensor, seed: Tensor
-    ) -> tuple[Sharded, Any]:
-        moments, remainder = without_remainder(opt_state)
-        beside = moments if remainder is None else (remainder, *moments)
-        pieces = list(params.pieces)
-        rows: list[tuple[Tensor, ...]] = [()] * len(pieces)
-        scalars = self._scalars(params, step)
-        for i, rounding in enumerate(roundings(grads, params, step=step, seed=seed)):
-            gradient, path = grads.pieces[i], params.paths[i]
-            if params.pieces[i] is None or gradient is None:
-                continue
-            with mark(role="update", leaf=path):
-                state = (own_of(grads, params, i), *stored(beside, i))
-                own, *row = self._update_leaf(
-                    state, gradient, grads.multiplier, scalars[i], rounding, grads.placement.specs[i], params.mesh
-                )
-                pieces[i], rows[i] = joined(own, grads, params, i), tuple(row)
-        new = restored(beside, rows)
-        moved = Momentum(*(new if remainder is None else new[1:]))
-        return params.replace(pieces=tuple(pieces)), moved if remainder is None else WithRemainder(moved, new[0])
+    def _update_matrices(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
+        leaves, scalars = Leaves(grads, opt_state, params, at), self._scalars(params, at.count)
+        for i in leaves.indices:
+            with mark(role="update", leaf=params.paths[i]):
+                (state,), (gradient,), rounding = leaves.take([i])
+                spec = grads.placement.specs[i]
+                new = self._update_leaf(state, gradient, grads.multiplier, scalars[i], rounding, spec, params.mesh)
+                leaves.put([i], [new])
+        return leaves.done()
 
     def _update_leaf(
         self, state: LeafState, gradient: Tensor, factor: Tensor, scalars: Tensor, rounding: Rounding, spec: Spec,

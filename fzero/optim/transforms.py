@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +13,10 @@ from fzero import tree
 from fzero.calls import shown
 from fzero.calls.arguments import named
 from fzero.calls.nearest import nearest
-from fzero.optim.base import ByPath, Optimizer, kind_of
+from fzero.optim.base import Optimizer, kind_of
+from fzero.optim.masks import ByPath
 from fzero.optim.norm import Squares, measure
+from fzero.optim.step import Step
 from fzero.sharding.sharded import Sharded
 
 
@@ -54,18 +56,9 @@ class Chain(Optimizer):
     def init_sharded(self, params: Sharded, remainder: Sharded | None = None) -> Any:
         return (*(t.init(params) for t in self.transforms), self.optimizer.init_sharded(params, remainder))
 
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: Any,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, Any]:
+    def update_sharded(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
         *states, last = opt_state
-        moved = []
+        moved, squares = [], at.squares
         for transform, state in zip(self.transforms, states, strict=True):
             if isinstance(transform, NormTransform):
                 if squares is None or not squares.are_of(grads):
@@ -74,7 +67,7 @@ class Chain(Optimizer):
             else:
                 grads, state = transform.update(grads, state, params)
             moved.append(state)
-        params, last = self.optimizer.update_sharded(grads, last, params, step=step, seed=seed, squares=squares)
+        params, last = self.optimizer.update_sharded(grads, last, params, replace(at, squares=squares))
         return params, (*moved, last)
 
     def learning_rate(self, step: Tensor) -> Any:
@@ -143,22 +136,12 @@ class PartitionBy(Optimizer):
             for label, optimizer in self._trained()
         }
 
-    def update_sharded(
-        self,
-        grads: Sharded,
-        opt_state: Any,
-        params: Sharded,
-        *,
-        step: Tensor,
-        seed: Tensor,
-        squares: Squares | None = None,
-    ) -> tuple[Sharded, dict[str, Any]]:
+    def update_sharded(self, grads: Sharded, opt_state: Any, params: Sharded, at: Step) -> tuple[Sharded, Any]:
         groups, pieces, moved = self._groups(params.paths), list(params.pieces), {}
         for label, optimizer in self._trained():
             group = groups[label]
-            new, moved[label] = optimizer.update_sharded(
-                grads.select(group), opt_state[label], params.select(group), step=step, seed=seed
-            )
+            given = grads.select(group), opt_state[label], params.select(group)
+            new, moved[label] = optimizer.update_sharded(*given, replace(at, squares=None))
             for i, piece in zip(group, new.pieces, strict=True):
                 pieces[i] = piece
         return params.replace(pieces=tuple(pieces)), moved

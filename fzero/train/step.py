@@ -19,8 +19,9 @@ from fzero import tree
 from fzero.autodiff.accumulate import accumulate
 from fzero.autodiff.value_and_grad import value_and_grad
 from fzero.calls.arguments import whole
+from fzero.optim.base import check_pair
 from fzero.optim.norm import measure
-from fzero.optim.pair import check_pair
+from fzero.optim.step import Step
 from fzero.program.jit import Jitted, jit
 from fzero.ranks.average import means
 from fzero.ranks.mesh import Mesh
@@ -87,9 +88,8 @@ def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> t
     if skip == "step" or scaling is not None:
         grads = grads.replace(factor=torch.where(finite, grads.multiplier, torch.nan))
         advance = finite.to(state.step.dtype)
-    params, moments = state.optimizer.update_sharded(
-        grads, state.moments, state.params, step=state.step, seed=state.seed, squares=squares
-    )
+    at = Step(state.step, state.seed, squares)
+    params, moments = state.optimizer.update_sharded(grads, state.moments, state.params, at)
     info = {
         "grad_norm": norm,
         "finite": finite,
