@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -112,7 +113,9 @@ class Recorder:
         # stream back also if the inner one fails.
         inner = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.stream(self.stream), inner:
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(), inner:
+                # What breaks off at its first kernel leaves an empty graph behind; the error tells enough.
+                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
                 results = run(list(inputs))
         except RuntimeError as error:
             raise RuntimeError(
