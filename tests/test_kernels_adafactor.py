@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fzero.kernels import adafactor
+from fzero.kernels import adafactor, adafactor_triton
 from fzero.kernels.adafactor import (
     Matrices,
     factored_direction,
     factored_direction_reference,
-    launch_factored_direction,
-    launch_matrix_squares,
     matrix_squares,
     matrix_squares_reference,
     sum_of_squares,
 )
+from fzero.kernels.adafactor_triton import launch_factored_direction, launch_matrix_squares
 from fzero.kernels.storage import split_master
 from tests.triton_process import compiled, interpreted
 
@@ -156,15 +155,15 @@ def check_ptx() -> None:
     types |= {"row_out": "*fp64", "column_out": "*fp64", "out": "*fp32", "sum_out": "*fp64"}
     types |= {"length": "i64", "floor": "fp32"}
     for kernel, constants in (
-        (adafactor.matrix_squares_kernel, {"TILE_ROWS": 32, "TILE_COLUMNS": 128}),
-        (adafactor.factored_direction_kernel, {"BLOCK": 1024}),
+        (adafactor_triton.matrix_squares_kernel, {"TILE_ROWS": 32, "TILE_COLUMNS": 128}),
+        (adafactor_triton.factored_direction_kernel, {"BLOCK": 1024}),
     ):
         signature = {name: types.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
         assert "fma." not in ptx and "ftz" not in ptx and "approx" not in ptx
         assert "add.rn.f64" in ptx and "atom" not in ptx
-        assert ("sqrt.rn.f32" in ptx and "div.rn.f32" in ptx) or kernel is adafactor.matrix_squares_kernel
+        assert ("sqrt.rn.f32" in ptx and "div.rn.f32" in ptx) or kernel is adafactor_triton.matrix_squares_kernel
 
 
 def test_triton_kernels_compile_for_hopper() -> None:
