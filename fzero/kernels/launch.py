@@ -3,7 +3,7 @@
     one leaf      tensors are passed as they are
     many leaves   one launch; a program finds its leaf in a table of addresses, which is copied from pinned memory
 
-A program works on blocks of 8 × 128 elements, so that it has whole blocks of 8-bit storage.
+A program works on blocks of 16 × 128 elements, so that it has whole blocks of 8-bit storage.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def programs_of(lengths: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.int64]]
     """Return what each program of a launch works on: (leaf << 32) + its first block.
 
     Example:
-        >>> [(x >> 32, x & 0xFFFFFFFF) for x in programs_of((10, 20_000)).tolist()]
+        >>> [(x >> 32, x & 0xFFFFFFFF) for x in programs_of((10, 40_000)).tolist()]
         [(0, 0), (1, 0), (1, 8), (1, 16)]
     """
     counts = np.array([-(-length // (BLOCK * BLOCKS)) for length in lengths])
