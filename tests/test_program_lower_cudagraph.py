@@ -195,6 +195,22 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog: pytest.L
         program([*state, BATCHES[0]])
 
 
+def test_large_results_are_not_copied_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudagraph, "MOST_COPIED", 8)  # a metric and the count take 8, a state 24 more
+    for donated, is_recorded in (((0,), True), ((), False)):
+        trace = fz.jit(update, donate=donated).trace(start(), BATCHES[0]).trace
+        on_cpu = OnCPU()
+        program = Replayed(
+            lower_graph(trace.module), trace.donated, recorder=lambda device, own=on_cpu: own, must=False
+        )
+        state, metrics = start(), []
+        for batch in BATCHES:
+            *state, metric = run_donating(program, [*state, batch], trace.donated, "a step")
+            metrics.append(metric)
+        assert_same_bits((state, metrics), expected(start(), BATCHES))
+        assert program.is_recorded == is_recorded
+
+
 def test_what_is_only_read_is_read_where_it_is_and_held_by_nobody() -> None:
     trace = fz.jit(lambda w, x: w @ x).trace(torch.ones(3, 3), BATCHES[0]).trace
     on_cpu = OnCPU()

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # Recordings of one program, each for a state at other addresses.
 MOST = 4
+# Bytes of results that are copied out at each call, of a program that nobody asked to record. A step that donates its
+# state copies its metrics; one that does not would copy a state.
+MOST_COPIED = 64 << 20
 
 
 def lower_cudagraph(trace: Trace) -> Lowered:
@@ -191,6 +194,12 @@ class Replayed:
             self.is_recorded = False
             logger.warning("fz.jit: a program runs without being recorded, at a cost for each kernel: %s", error)
             return None
+        if not self.must and recording.copied > MOST_COPIED:
+            self.is_recorded = False
+            logger.info(
+                "fz.jit: a program is not recorded, since %d bytes of results would be copied", recording.copied
+            )
+            return None
         self.recordings.append(recording)
         return recording
 
@@ -216,6 +225,7 @@ class _Recording:
         self.addresses = {i: x.data_ptr() for i, x in self.inputs.items()}
         self.lent = {i: self.addresses[i] for i, x in self.inputs.items() if storage_id(x) in lent}
         self.handed_out = [storage_id(x) in lent for x in self.outputs]
+        self.copied = sum(x.nbytes for x, is_lent in zip(self.outputs, self.handed_out, strict=True) if not is_lent)
 
     def finds(self, inputs: list[Tensor]) -> bool:
         """Whether the inputs that it reads where they are stand there."""
