@@ -102,7 +102,8 @@ def definitions() -> Iterator[tuple[str, Any]]:
             is_own = (inspect.isfunction(found) or inspect.isclass(found)) and found.__module__ == module.__name__
             if is_own and found.__name__ == name and not name.startswith("_"):
                 yield f"{module.__name__}.{name}", found
-                if inspect.isclass(found):
+                # What a protocol asks for is told by the class that has it.
+                if inspect.isclass(found) and not getattr(found, "_is_protocol", False):
                     yield from ((f"{module.__name__}.{name}.{n}", getattr(found, n)) for n, _ in methods(found))
 
 

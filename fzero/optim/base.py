@@ -89,9 +89,7 @@ class Optimizer(ABC):
             grads: cut as the moments are.
             opt_state: from `init_sharded` or the last update.
             params: as the policy stores them.
-            step: int32 of shape ().
-            seed: int32 of shape ().
-            squares: the sums of the squares of `grads`, where somebody has them, such as a clip.
+            at: the step that it is, and the sums of the squares of `grads` where somebody has them, such as a clip.
 
         Returns:
             `(params, opt_state)`.

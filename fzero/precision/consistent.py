@@ -13,7 +13,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Choices(Protocol):
-    """The fields of a policy that contradict each other in some combinations, and what follows from them."""
+    """What of a policy may contradict something else of it; `fzero.precision.policy.Policy` says what each is."""
 
     @property
     def param(self) -> torch.dtype | None: ...
