@@ -221,6 +221,8 @@ MASKS: dict[str, Callable[[Any, Any], Tensor]] = {
     "cast by the caller": lambda x, mask: F.scaled_dot_product_attention(
         x[0], x[1], x[2], attn_mask=mask.to(x[0].dtype)
     ),
+    "cast by fz.call": lambda x, mask: fz.call(lambda x: F.scaled_dot_product_attention(x[0], x[1], x[2], mask), x),
+    "cast by fz.vjp": lambda x, mask: fz.vjp(lambda x: F.scaled_dot_product_attention(x[0], x[1], x[2], mask), x)[0],
 }
 
 

@@ -287,6 +287,22 @@ def test_an_attention_kernel_from_outside_is_registered_with_transformers() -> N
     small.assert_same_bits(fz.jit(gradient)(params), got)
 
 
+def test_a_mask_of_the_user_has_the_dtype_of_the_queries_where_it_arrives() -> None:
+    from tests.test_attention_masks import Arriving
+
+    module, arguments = made("llama, no cache", False), of("llama, no cache")
+    apply, params = fz.functional(module)
+    later = torch.ones(6, 6).triu(1).bool()
+    mask = torch.zeros(2, 1, 6, 6).masked_fill(later, torch.finfo(torch.float32).min)
+    low = fz.shard(params, fz.make_mesh("cpu"), fz.zero(3), policy=fz.Policy(compute=torch.bfloat16))
+    gradient = fz.value_and_grad(lambda p, mask: apply(p, **arguments, attention_mask=mask).loss)
+    with Arriving() as arriving:
+        loss, _ = eager = gradient(low, mask)
+    assert arriving.found and all(dtypes == {torch.bfloat16} for _, dtypes in arriving.found)
+    torch.testing.assert_close(loss.float(), gradient(params, mask)[0], rtol=0.01, atol=0.01)
+    small.assert_same_bits(fz.jit(gradient)(low, mask), eager)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # On several ranks
 

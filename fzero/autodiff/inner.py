@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fzero._torch import is_functorch_wrapped
 from fzero.errors import ModuleError
 from fzero.marks import OWN, TORCH
+from fzero.modules.attention_masks import FORMS as MASKS
 from fzero.modules.explain import line_here
 
 # What stands on the stack between the mode and who called `torch.autograd.grad`.
@@ -29,20 +30,28 @@ _NESTED = "Take the gradient inside by torch.func.grad or fz.grad, which nest"
 class constants_refused(TorchFunctionMode):  # noqa: N801 - used as a context manager, `with constants_refused():`
     """While active, gradients by `torch.autograd` that the gradient around would take for constants raise.
 
+    It stands around every function that is differentiated, and so does the work of `masks_cast` too.
+
     Raises:
         ModuleError: from the call.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.autograd.grad and not _caller().startswith(_TRANSFORMS):
-            _check(args[1], **kwargs)
-        elif func in (torch.autograd.backward, Tensor.backward):
-            raise ModuleError(
-                f"fz.vjp: backward() inside of a function that is differentiated would add to .grad, which no function "
-                f"returns. {_NESTED}.\n{line_here()}"
-            )
-        return func(*args, **kwargs)
+        form = _FORMS.get(func)
+        return func(*args, **(kwargs or {})) if form is None else form(func, *args, **(kwargs or {}))
+
+
+def _grad(original: Callable[..., Any], outputs: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+    if not _caller().startswith(_TRANSFORMS):
+        _check(inputs, **options)
+    return original(outputs, inputs, *rest, **options)
+
+
+def _backward(*_: Any, **__: Any) -> Any:
+    raise ModuleError(
+        f"fz.vjp: backward() inside of a function that is differentiated would add to .grad, which no function "
+        f"returns. {_NESTED}.\n{line_here()}"
+    )
 
 
 def _check(inputs: Sequence[Any], *, create_graph: bool = False, **_: Any) -> None:
@@ -66,3 +75,11 @@ def _caller() -> str:
     while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return "" if frame is None else str(frame.f_code.co_filename)
+
+
+# The mode costs every operation of the function, so it casts the masks of attention as well.
+_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _grad,
+    torch.autograd.backward: _backward,
+    Tensor.backward: _backward,
+} | MASKS

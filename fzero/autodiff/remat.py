@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fzero import tree
 from fzero._torch import is_functorch_wrapped, unwrap_if_dead
 from fzero.autodiff.open import is_float
 from fzero.errors import TraceError
+from fzero.modules.attention_masks import masks_cast
 from fzero.precision.autocast import autocast_here, under_autocast
 from fzero.random.keyed import current_draw
 from fzero.wrapped import functorch_level
@@ -155,7 +155,7 @@ def _cell_contents(f: Callable[..., Any]) -> list[Any]:
         return []
 
 
-class _NoCaptures(TorchFunctionMode):
+class _NoCaptures(masks_cast):
     """Raises at a tensor of the transform being differentiated that did not come in as an argument."""
 
     def __init__(self, arguments: Sequence[Tensor]):
@@ -170,7 +170,7 @@ class _NoCaptures(TorchFunctionMode):
                     f"fz.remat: the function uses a tensor of shape {tuple(x.shape)} that is being differentiated "
                     f"and is not one of its arguments, so its gradient would be lost. Pass it as an argument."
                 )
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def captured(self, x: Tensor) -> bool:
         if is_functorch_wrapped(x):
@@ -180,7 +180,7 @@ class _NoCaptures(TorchFunctionMode):
 
 
 def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Return a context like the one of now: the random draws that come next, and autocast."""
+    """Return a context like the one of the first run: the random draws that come next, autocast, and cast masks."""
     draw = current_draw()
     draw = None if draw is None else draw.copy()
     autocast = autocast_here()
@@ -190,8 +190,9 @@ def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
     def again() -> Iterator[None]:
         nonlocal runs
         runs += 1
-        is_first = runs == 1  # that one is in this context already
-        with under_autocast(autocast), contextlib.nullcontext() if is_first or draw is None else draw.copy():
+        is_first = runs == 1  # that one is in this context already, under `_NoCaptures`
+        drawing = contextlib.nullcontext() if is_first or draw is None else draw.copy()
+        with under_autocast(autocast), drawing, contextlib.nullcontext() if is_first else masks_cast():
             yield
 
     return again

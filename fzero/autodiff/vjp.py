@@ -26,6 +26,7 @@ from fzero.autodiff.inner import constants_refused
 from fzero.autodiff.open import Opened, Reduce, is_float
 from fzero.errors import CotangentError, GradientError
 from fzero.marks import mark, mark_line
+from fzero.modules.attention_masks import masks_cast
 from fzero.modules.explain import explaining
 from fzero.precision.wide_sums import Summing, summing
 from fzero.ranks.peers import collective
@@ -196,7 +197,7 @@ def call(f: Callable[..., Any], *args: Any) -> Any:
     """
     opened = Opened.of(args)
     leaves = opened.leaves()
-    with opened.context(leaves):
+    with opened.context(leaves), masks_cast():
         result = f(*opened.close(leaves))
     flat, treedef = tree.flatten(result)
     return tree.unflatten(treedef, _own(flat, leaves))

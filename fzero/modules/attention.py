@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fzero import tree
 from fzero._torch import unwrap_if_dead
 from fzero.errors import ModuleError, ShapeError
+from fzero.modules.attention_masks import cast
 from fzero.modules.switches import differentiable_attention
 
 
@@ -97,7 +98,7 @@ def attention(
             )
         return _from_outside(kernel, q, k, v, causal=causal, scale=scale)
     if mask is not None and mask.is_floating_point():
-        mask = mask.to(q.dtype)  # cuDNN takes a mask of another dtype and reads its bits as those of q
+        mask = cast(mask, q.dtype)
     # The fused kernels draw from the global generator; the formula drops by an operator that a key decides.
     formula = kernel == "math" or dropout > 0
     context = sdpa_kernel(SDPBackend.MATH) if formula else contextlib.nullcontext()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fzero._torch import TorchDispatchMode
+from fzero.modules.attention_masks import FORMS as MASKS
 
 _Form = Callable[..., Any]
 
@@ -61,3 +62,4 @@ _FORMS: dict[Any, _Form] = {
     torch.narrow: _narrow,
     Tensor.narrow: _narrow,
 }
+_FORMS |= MASKS
