@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -210,3 +211,27 @@ def interrupted() -> str:
 
 def test_a_rank_that_waits_for_others_can_be_interrupted_and_they_hear_of_it() -> None:
     assert world.run(interrupted, size=2) == ["interrupted at once", "PeerError"]
+
+
+def ended(port: int) -> str:
+    """Rank 1 ends at once, as a process does whose data is shorter; rank 0 is about to wait for it.
+
+    By a store over TCP, as launchers give it: who waits in a connection to it holds that connection.
+    """
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    fz.make_mesh("cpu", deadline=60.0)
+    agree("same", "step (call 1)", bytes)
+    if dist.get_rank() == 1:
+        here = known()
+        here.store.set("left/1", "")
+        here.store.set("left", "")
+        return "ended"
+    return hold("same", "step (call 2)")
+
+
+def test_a_rank_that_ends_is_missed_by_who_begins_to_wait_for_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert world.run(ended, port, size=2, deadline=20.0) == ["ProgramMismatchError", "ended"]

@@ -95,7 +95,7 @@ def together(call: str) -> Iterator[None]:
         if isinstance(error, PeerError) or not _from_network(error):
             raise
         where = getattr(error, "waiting_in", "a collective")
-        told = here.told(since=began - _WINDOW) or [
+        told = here.told(began - _WINDOW, here.store) or [
             f"  no other rank left an error: one is late by more than the {group_deadline():.0f} s that a collective "
             f"waits, or ended outside of fzero.\n  {error}"
         ]

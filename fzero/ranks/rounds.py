@@ -204,12 +204,17 @@ class World:
         except RuntimeError:  # the store went with the rank that held it; the error itself is what matters
             return
 
-    def told(self, since: float) -> list[str]:
-        """Return what other ranks left in the store, one line a rank."""
+    def told(self, since: float, store: Any) -> list[str]:
+        """Return what other ranks left in the store, one line a rank.
+
+        Args:
+            since: seconds since the epoch; what is older is left out.
+            store: the caller's connection to it. Another thread may be waiting in that of this world, for days.
+        """
         lines = []
         for rank in range(self.size):
             try:
-                message = None if rank == self.rank else read(self.store, f"last/{rank}")
+                message = None if rank == self.rank else read(store, f"last/{rank}")
             except RuntimeError:
                 continue
             if message is not None and message["time"] >= since:

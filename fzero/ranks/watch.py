@@ -125,7 +125,7 @@ class Watch(threading.Thread):
         some_left = self.store.check(["left"])
         gone = [rank for rank in range(self.world.size) if some_left and self.store.check([f"left/{rank}"])]
         if gone:
-            lines = "".join(f"\n{line}" for line in self.world.told(since=0.0))
+            lines = "".join(f"\n{line}" for line in self.world.told(0.0, self.store))
             return End("apart", f"{self._waiters(number)}; {_ranks(gone)} ended.{lines}\n{WAY_OUT}")
         if waited > deadline:
             here = self._entries(number)
