@@ -184,6 +184,11 @@ def cpu_backend(group: torch.distributed.ProcessGroup) -> Any:
     return group._get_backend(torch.device("cpu"))
 
 
+def group_named(name: str) -> torch.distributed.ProcessGroup:
+    """Return the process group of a name, as operators are given it."""
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def threads_of(backend: Any) -> int:
     """Return how many threads run the collectives of a group over gloo."""
     return int(backend.options._threads)

@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fzero._torch import OpOverload
+from fzero._torch import OpOverload, c10d
 from fzero.program.graph.sizes import is_size
 from fzero.program.graph.trace import Trace, attribute
 from fzero.program.lower.quickest import quickest
+from fzero.ranks import pairs
 
 Lowered = Callable[[list[Tensor]], list[Tensor]]
+
+# Collectives that messages between pairs of ranks do in less time, where that is so.
+BY_PAIRS: dict[Any, Callable[..., Any]] = {
+    c10d.all_gather_into_tensor.default: pairs.all_gather,
+    c10d.all_gather_into_tensor_coalesced.default: pairs.all_gather_coalesced,
+    c10d.wait_tensor.default: pairs.wait,
+}
 
 # Under this name the globals of generated code hold a dict from line number to the node that the line came from.
 NODES = "__nodes__"
@@ -90,6 +98,8 @@ def _call(scope: _Scope, node: fx.Node) -> str:
     function, args = node.target, node.args
     if function is operator.getitem:
         return f"{scope.text(args[0])}[{scope.text(args[1])}]"
+    if function in BY_PAIRS:
+        return f"{scope.name(BY_PAIRS[function], _target_name(function))}({', '.join(map(scope.text, args))})"
     if isinstance(function, OpOverload) and all(scope.value(source) is not None for source in node.all_input_nodes):
         function, args = quickest(function, args, node.kwargs, node.meta.get("val"), scope.value)
     texts = [*map(scope.text, args), *(f"{key}={scope.text(value)}" for key, value in node.kwargs.items())]
