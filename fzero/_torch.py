@@ -67,6 +67,9 @@ unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 # Inside this context operators go past autograd and its book-keeping of views, straight to dispatch modes and kernels.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
+# Inside this context operators made of others in C++ are made of them by torch's Python forms, where it has such.
+composites_in_python = torch._C._EnablePythonDispatcher
+
 # Inside this context no dispatch mode is active: operators run for real, neither faked nor traced.
 modes_off = _disable_current_modes
 

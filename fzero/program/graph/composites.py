@@ -2,7 +2,7 @@
 
 Most of torch passes an open size on as it is. A few functions are made of others in C++ that asks for the number: the
 program would then be for that one size. Where a trace has open sizes they are put together here, of the same operators
-in the same order, so that their results have the same bits.
+in the same order, so that their results have the same bits. Products of matrices torch puts together itself, in Python.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from fzero._torch import composites_in_python
 
 
 class sizes_left_open(TorchFunctionMode):  # noqa: N801 - used as a context manager, `with sizes_left_open():`
@@ -36,9 +38,31 @@ def _is_open(x: Tensor) -> bool:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """`torch.nn.functional.linear`: one addmm over all rows, as torch has it for contiguous input."""
     if bias is None or x.ndim != 3 or not x.is_contiguous():
-        return NotImplemented
+        return _by_torch(F.linear)(x, weight, bias)
     flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
     return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+def _by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the form of a function of matrix products, of which torch itself has one in Python that is as good."""
+
+    def form(*args: Any, **kwargs: Any) -> Any:
+        with composites_in_python():
+            return function(*args, **kwargs)
+
+    return form
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)
+    return NotImplemented if dropout else _by_torch(F.scaled_dot_product_attention)(*args, **kwargs)
+
+
+def _heads(*args: Any, **kwargs: Any) -> Any:
+    """`torch.nn.functional.multi_head_attention_forward`. Torch's form of dropout would draw other numbers."""
+    dropout = kwargs.get("dropout_p", args[10] if len(args) > 10 else 0)
+    draws = dropout and kwargs.get("training", True)
+    return NotImplemented if draws else _by_torch(F.multi_head_attention_forward)(*args, **kwargs)
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
@@ -76,6 +100,11 @@ def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alph
 
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
+    torch.matmul: _by_torch(torch.matmul),
+    Tensor.matmul: _by_torch(Tensor.matmul),
+    Tensor.__matmul__: _by_torch(Tensor.__matmul__),
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _heads,
     F.pad: _pad,
     F.dropout: _dropout,
     torch.dropout: _dropout,
