@@ -118,6 +118,13 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
+# What is right by another way than the one under test: in float64, the fake attention of torch 2.11 has another dtype
+# than the real one, and split_vjp refuses such residuals.
+EXACT: dict[str, Callable[..., Any]] = {
+    "split_vjp": lambda f, *args: fz.grad(lambda *args: f(*args[:2], args[2].detach()), (0, 1, 2))(*args),
+}
+
+
 def case(caller: str, low: bool) -> tuple[Any, ...]:
     """A loss, its parameters, examples, and mask: in bfloat16 by the policy, or whole in float64."""
     torch.manual_seed(0)
@@ -149,7 +156,7 @@ def gathered(result: Any) -> Any:
 @pytest.mark.parametrize(("caller", "way", "traced"), pairwise(CALLERS, WAYS, [False, True]))
 def test_what_arrives_has_one_dtype_and_is_right(caller: str, way: str, traced: bool) -> None:
     f, *args = case(caller, low=True)
-    expected = whole(WAYS[way](*case(caller, low=False)))
+    expected = whole(EXACT.get(way, WAYS[way])(*case(caller, low=False)))
     with Arriving() as arriving:
         found = whole(WAYS[way](f, *args))
     for got, right in zip(found, expected, strict=True):
