@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -354,3 +355,133 @@ def traced_on_one_rank() -> str:
 
 def test_a_trace_runs_nothing_and_nobody_waits_for_it() -> None:
     assert world.run(traced_on_one_rank, size=2) == ["nothing"] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What shows in no collective
+
+
+class Scaled:
+    """A schedule without a text of its own."""
+
+    def __call__(self, step: Tensor) -> Tensor:
+        return 0.1 / (step + 1)
+
+
+def decays(path: str) -> bool:
+    return path == "w"
+
+
+def clipped(limit: float, **kwargs: Any) -> Any:
+    return fz.chain(fz.clip_by_global_norm(limit), fz.adamw(1e-2, **kwargs))
+
+
+def grouped(lr: float) -> Any:
+    return fz.partition_by({"w": "w"}, {"w": fz.sgd(lr)})
+
+
+# What a rank gives `fz.init` -> what others give instead, and what all are told of the two.
+GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]], tuple[str, str, str]]] = {
+    "lr": (lambda: {}, lambda: {"optimizer": fz.sgd(0.2)}, ("optimizer lr", "0.1", "0.2")),
+    "clip": (
+        lambda: {"optimizer": clipped(1.0)},
+        lambda: {"optimizer": clipped(2.0)},
+        ("optimizer transforms.0.limit", "1.0", "2.0"),
+    ),
+    "weight decay": (
+        lambda: {"optimizer": clipped(1.0)},
+        lambda: {"optimizer": clipped(1.0, weight_decay=0.0)},
+        ("optimizer optimizer.weight_decay", "0.01", "0.0"),
+    ),
+    "kind of optimizer": (
+        lambda: {"optimizer": fz.chain(fz.clip_by_global_norm(1.0), fz.sgd(0.1))},
+        lambda: {"optimizer": fz.chain(fz.clip_by_leaf_norm(1.0), fz.sgd(0.1))},
+        ("optimizer transforms.0", "ClipByGlobalNorm", "ClipByLeafNorm"),
+    ),
+    "schedule": (
+        lambda: {"optimizer": fz.sgd(fz.schedules.constant(0.1))},
+        lambda: {"optimizer": fz.sgd(fz.schedules.constant(0.2))},
+        ("optimizer lr.value", "0.1", "0.2"),
+    ),
+    "group": (
+        lambda: {"optimizer": grouped(0.1)},
+        lambda: {"optimizer": grouped(0.2)},
+        ("optimizer optimizers", "sgd(lr=0.1)", "sgd(lr=0.2)"),
+    ),
+    "policy": (
+        lambda: {"policy": "bf16"},
+        lambda: {"policy": dataclasses.replace(fz.policy("bf16"), rounding="nearest")},
+        ("policy rounding", "'stochastic'", "'nearest'"),
+    ),
+    "layout": (lambda: {}, lambda: {"layout": fz.zero(1)}, ("layout stage", "3", "1")),
+    "seed": (lambda: {}, lambda: {"seed": 1}, ("seed", "0", "1")),
+}
+# The same, though not the same objects.
+ALIKE: dict[str, Callable[[], Any]] = {
+    "schedule": lambda: fz.sgd(Scaled()),
+    "mask": lambda: fz.adamw(1e-2, mask=decays),
+    "lambda": lambda: fz.adamw(lambda step: 0.1 / (step + 1)),
+    "labels": lambda: fz.partition_by(lambda path: "all", {"all": fz.adamw(Scaled())}),
+}
+
+
+def first_state(params: Any, **kwargs: Any) -> fz.State:
+    given = {"optimizer": fz.sgd(0.1), "layout": fz.zero(3), "policy": "fp32", **kwargs}
+    return fz.init(params, mesh=fz.make_mesh("cpu", deadline=60.0), **given)
+
+
+def told_apart(odd: int) -> list[tuple[str, tuple[str, str, float], str]]:
+    """One rank gives something else; then all the same."""
+
+    def start(factory: bool, given: Callable[[], dict[str, Any]]) -> fz.State:
+        make = (lambda: torch.nn.Linear(16, 4)) if factory else {"w": torch.ones(4, 16)}
+        return first_state(make, **given())
+
+    found = []
+    for name, (usual, other, _) in GIVEN.items():
+        for factory in (False, True) if name == "lr" else (False,):
+            got = outcome(start, factory, other if dist.get_rank() == odd else usual)
+            found.append((name, got, outcome(start, factory, usual)[0]))
+    return found
+
+
+@pytest.mark.parametrize(("size", "odd"), [(2, 1), pytest.param(4, 0, marks=pytest.mark.slow)])
+def test_init_compares_what_it_is_given(size: int, odd: int) -> None:
+    for rows in world.run(told_apart, odd, size=size, deadline=120.0):
+        assert len(rows) == len(GIVEN) + 1
+        for name, (kind, message, seconds), again in rows:
+            assert kind == "ProgramMismatchError", (name, message)
+            field, mine, theirs = GIVEN[name][2]
+            assert f"{field}: rank " in message and mine in message and theirs in message, message
+            assert "fz.init: ranks" in message and message.endswith("Give every rank the same."), message
+            assert again == "nothing" and seconds < MARGIN
+
+
+def replaced(eager: bool) -> list[tuple[str, str, float]]:
+    """One rank's state is given another optimizer after its start: later steps find it, those of the same go on."""
+    state, batch = first_state({"w": torch.ones(4, 16)}), torch.ones(4, 16)
+    own = state.replace(optimizer=fz.sgd(0.1 * (1 + dist.get_rank())))
+    step = eager_step if eager else step_of()
+    return [outcome(step, given, batch) for given in (state, own, state, own)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_step_compares_the_optimizers_of_states(eager: bool) -> None:
+    for first, second, third, fourth in world.run(replaced, eager, size=2):
+        assert first[0] == third[0] == "nothing"
+        for kind, message, _ in (second, fourth):
+            assert kind == "ProgramMismatchError"
+            assert re.search(r"rank 0 has .*0\.1.*, rank 1 has .*0\.2", message), message
+
+
+def equal_values() -> list[str]:
+    batch = torch.ones(4 + dist.get_rank(), 64)
+    found = []
+    for make in ALIKE.values():
+        state = fz.init({"w": torch.ones(64)}, make(), fz.make_mesh("cpu", deadline=60.0), policy="fp32")
+        found += [outcome(step_of(), state, batch)[1], outcome(eager_step, state, batch)[1]]
+    return found
+
+
+def test_equal_functions_are_equal_on_all_ranks() -> None:
+    assert world.run(equal_values, size=2) == [[""] * 2 * len(ALIKE)] * 2

@@ -24,7 +24,7 @@ from fzero.program.graph.absent import traced_for
 from fzero.program.graph.kinds import kinds_in
 from fzero.program.graph.trace import Trace, collector_paused, trace_flat
 from fzero.program.kept.family import Families, opened
-from fzero.program.kept.retrace import Kept, names_of
+from fzero.program.kept.retrace import Kept, names_of, told_of
 from fzero.program.options import Options, takes_any_size
 from fzero.program.program import Program
 from fzero.program.signature import Signature, examples_of
@@ -135,12 +135,12 @@ class Jitted:
         if takes_any_size(leaves, self.options):
             family = self._families.of(signature, leaves)
             if trace := opened(family, functools.partial(self._trace, signature), leaves, signature, self.name):
-                return self._finished(trace, cause, runs=True)
+                return self._finished(trace, cause, signature, runs=True)
         return self._fixed(signature, leaves, cause, runs=True)
 
     def _fixed(self, signature: Signature, leaves: Sequence[Tensor], cause: str, *, runs: bool = False) -> Program:
         trace = self._trace(signature, examples_of(leaves, signature.simulated_on))
-        return self._finished(trace, cause, runs=runs)
+        return self._finished(trace, cause, signature, runs=runs)
 
     def _trace(self, signature: Signature, examples: Sequence[Tensor]) -> Trace:
         with collector_paused(), traced_for(signature.simulated_on):
@@ -153,10 +153,10 @@ class Jitted:
         log("fz.jit: tracing %s (program %d): %s", self.name, len(self.programs) + 1, cause)
         return cause
 
-    def _finished(self, trace: Trace, cause: str, *, runs: bool = False) -> Program:
+    def _finished(self, trace: Trace, cause: str, signature: Signature, *, runs: bool = False) -> Program:
         from fzero.program.make import made  # passes and lowerings are loaded for the first program
 
-        return made(self.name, trace, self.options, cause, runs=runs)
+        return made(self.name, trace, self.options, cause, runs=runs, told=told_of(signature))
 
 
 def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = (), **options: Any) -> Any:
@@ -180,7 +180,8 @@ def jit(f: Callable[..., Any] | None = None, *, donate: int | Sequence[int] = ()
         TraceError: from the call, if `f` looks at the values of tensors.
         ValueError: from the call, if donated memory is reached twice.
         ProgramMismatchError: from the call, on every rank, if ranks are about to run different collectives: programs of
-            other functions, or of one whose collectives differ. All else may differ, such as the lengths of batches.
+            other functions, or of one whose collectives differ; or the optimizer, policy or layout of a state that they
+            are given does. All else may differ, such as the lengths of batches.
 
     Example:
         >>> import torch

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,7 @@ class Program:
         run: the graph as a function of its flat inputs, which it empties.
         cause: what made this trace necessary: `"first call"`, or how the arguments differ from the last trace's.
         stages: what each pass bought, in order.
+        told: the optimizers, policies and layouts of its arguments as text, which ranks have to have in common.
 
     Example:
         >>> from fzero.program.jit import trace
@@ -56,6 +57,7 @@ class Program:
     run: Lowered
     cause: str
     stages: tuple[Stage, ...] = ()
+    told: Mapping[str, str] = field(default_factory=dict)
 
     def make_ready(self) -> None:
         """Do what may fail or take long before the first run: compile."""
@@ -184,8 +186,8 @@ class Program:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of the function's name and the collectives in their order; empty where there are none."""
-        return digest(self.name, self.trace)
+        """A hash of the function's name, its collectives in order, and what is told; empty where there are none."""
+        return digest(self.name, self.trace, self.told)
 
     def agree(self, call: str, arguments: Callable[[], Mapping[str, str]], inputs: Sequence[Tensor]) -> None:
         """Wait until all ranks are about to run programs of this function with these collectives.
@@ -211,12 +213,19 @@ class Program:
         else:
             shapes = tuple(tuple(x.shape) for x in inputs)
             given, trace = self._digest_at(shapes), lambda: at_shapes(self.trace, shapes)
-        compare(given, call, arguments, lambda: [(n, _place(node)) for n, node in collectives(trace())])
+        compare(
+            given,
+            call,
+            lambda: {**self.told, **arguments()},
+            lambda: [(n, _place(node)) for n, node in collectives(trace())],
+        )
 
     @functools.cached_property
     def _digest_at(self) -> Callable[[Shapes], str]:
         """The hash for inputs of some shapes."""
-        return functools.lru_cache(_REMEMBERED)(lambda shapes: digest(self.name, at_shapes(self.trace, shapes)))
+        return functools.lru_cache(_REMEMBERED)(
+            lambda shapes: digest(self.name, at_shapes(self.trace, shapes), self.told)
+        )
 
     def __repr__(self) -> str:
         count = sum(node.op == "call_function" for node in self.trace.module.graph.nodes)

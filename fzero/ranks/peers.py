@@ -186,20 +186,23 @@ def _from_network(error: Exception) -> bool:
 def _explained(told: Mapping[int, dict[str, Any]]) -> str:
     (first, a), (second, b) = told.items()
     head = f"the ranks are about to run different things. Rank {first} calls {a['call']}, rank {second} {b['call']}"
+    way_out = "Call the same function on every rank, and let no rank alone take a branch that uses other parameters."
     rows = []
-    if [text for text, _ in a["lines"]] != [text for text, _ in b["lines"]]:
+    if a["call"].partition(" (call ")[0] == b["call"].partition(" (call ")[0] and a["lines"] == b["lines"]:
+        head = f"ranks {first} and {second} were given different things"
+        way_out = "Give every rank the same."
+    elif [text for text, _ in a["lines"]] != [text for text, _ in b["lines"]]:
         rows += [_different_line(a["lines"], b["lines"])]
     rows += _different_arguments(a["arguments"], b["arguments"])
     listed = [f"{path}: rank {first} has {mine}, rank {second} has {theirs}" for path, mine, theirs in rows[:_LISTED]]
     more = [f"and {len(rows) - _LISTED} more"] if len(rows) > _LISTED else []
-    way_out = "Call the same function on every rank, and let no rank alone take a branch that uses other parameters."
     return f"{'; '.join([head, *listed, *more])}. {way_out}"
 
 
 def _different_arguments(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
     rows = []
     for path in dict.fromkeys([*mine, *theirs]):
-        a, b = (_portable(side.get(path, "nothing")) for side in (mine, theirs))
+        a, b = (portable(side.get(path, "nothing")) for side in (mine, theirs))
         if a != b:
             short = [x.replace(" on cpu", "").replace(" on cuda", "") for x in (a, b)]
             a, b = short if short[0] != short[1] else (a, b)
@@ -207,9 +210,9 @@ def _different_arguments(mine: Mapping[str, str], theirs: Mapping[str, str]) -> 
     return rows
 
 
-def _portable(text: str) -> str:
+def portable(text: str) -> str:
     """Return the description of an argument without the number of its device and addresses of objects."""
-    return re.sub(r"\b0x[0-9a-fA-F]+", "0x", re.sub(r" on (\w+):\d+", r" on \1", text))
+    return re.sub(r"\b0x[0-9a-fA-F]+", "0x", re.sub(r"\b(on |device=')(cuda):\d+", r"\1\2", text))
 
 
 def _different_line(mine: list[list[Any]], theirs: list[list[Any]]) -> tuple[str, str, str]:

@@ -39,6 +39,11 @@ class Placement:
         rows = zip(self.paths, self.specs, strict=True)
         return tuple(f"{path}: {spec.shape} over {spec.cut} {spec.split} of {axes}, {stage}" for path, spec in rows)
 
+    @functools.cached_property
+    def policy_line(self) -> str:
+        """The policy as a line of text that ranks compare: the dtype of what they send is its."""
+        return f"policy {self.policy}"
+
     def __hash__(self) -> int:  # dataclass would hash every spec, and this is a cache key on every call
         return hash((self.paths, self.layout))
 

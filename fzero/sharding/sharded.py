@@ -209,7 +209,7 @@ def _gather_node(node: Any) -> Any:
 
 
 def held(*arguments: Any) -> list[str]:
-    """Return what the collectives of the `Sharded` in a tree depend on: for each leaf its path, shape, cut and dtype.
+    """Return what the collectives of the `Sharded` in a tree depend on: each leaf's path, shape, cut, dtype; policies.
 
     Ranks compare these lines of text before they run. There are none without ranks.
     """
@@ -218,6 +218,7 @@ def held(*arguments: Any) -> list[str]:
         if isinstance(node, Sharded):
             rows = zip(node.placement.lines, node.pieces, strict=False)
             lines += [f"{line} {None if piece is None else piece.dtype}" for line, piece in rows]
+            lines += [node.placement.policy_line] if node.placement.lines else []
     return lines
 
 

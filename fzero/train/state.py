@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import torch_pytree
+from fzero._torch import FakeTensor, torch_pytree
 from fzero.autodiff.open import Primal
 from fzero.calls.arguments import named, whole
 from fzero.display.html import html_of
@@ -23,8 +23,10 @@ from fzero.precision.policy import Policy
 from fzero.precision.policy import policy as policy_of
 from fzero.random.bits import fold, signed
 from fzero.ranks.mesh import Mesh, make_mesh
+from fzero.ranks.peers import together
 from fzero.sharding.layout import Layout, zero
 from fzero.sharding.sharded import Sharded
+from fzero.sharding.statics import check_given_alike
 from fzero.train.first_pieces import cut
 from fzero.train.fits import fitting
 
@@ -140,6 +142,7 @@ def init(
             as the layout says, or differs between ranks; or the layout leaves out a mesh axis.
         MeshError: the layout names an axis that the mesh does not have.
         PolicyError: there is no such policy.
+        ProgramMismatchError: ranks give another optimizer, policy, layout or seed. All ranks call it together.
         TypeError, ValueError: an argument is of another kind; the seed is not of 32 bits; a mask, or the label of an
             optimizer, fits no leaf.
 
@@ -160,10 +163,17 @@ def init(
             f"fz.init: got a {type(params).__name__}, which is cut already. Pass full tensors: fz.gather(...)."
         )
     mesh, layout, precision = mesh or make_mesh(), layout or zero(3), policy_of(policy)
-    pieces, remainder = cut(params, mesh, layout, precision, seed, optimizer.frozen)
+    with together("fz.init"):
+        return _init(params, optimizer, mesh, layout, precision, seed)
+
+
+def _init(params: Any, optimizer: Optimizer, mesh: Mesh, layout: Layout, policy: Policy, seed: int) -> State:
+    pieces, remainder = cut(params, mesh, layout, policy, seed, optimizer.frozen)
     optimizer.check_paths(pieces.paths, pieces.paths)
+    if not any(isinstance(piece, FakeTensor) for piece in pieces.pieces):
+        check_given_alike("fz.init", mesh, optimizer=optimizer, policy=policy, layout=layout, seed=seed)
     device = torch.device("meta") if mesh.simulated else mesh.device
-    scale, streak = (None, None) if precision.scaling is None else precision.scaling.start(device)
+    scale, streak = (None, None) if policy.scaling is None else policy.scaling.start(device)
     return State(
         step=torch.zeros((), dtype=torch.int32, device=device),
         params=pieces,

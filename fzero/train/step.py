@@ -27,12 +27,19 @@ from fzero.ranks.average import means
 from fzero.ranks.mesh import Mesh
 from fzero.ranks.peers import collective
 from fzero.sharding.sharded import Sharded, held
+from fzero.sharding.statics import told
 from fzero.train.state import State
 
 Skip = Literal["step", "element"]
 
 
-@collective("fz.apply_gradients", lambda state, grads, skip=None: held(state, grads))
+def _alike(state: State, grads: Sharded, skip: Skip | None = None) -> list[str]:
+    """Return what ranks have to have in common to update together: an optimizer too, if there are others at all."""
+    lines = held(state, grads)
+    return lines and [*lines, *(f"{name}: {text}" for name, text in told(optimizer=state.optimizer).items())]
+
+
+@collective("fz.apply_gradients", _alike)
 def apply_gradients(state: State, grads: Sharded, skip: Skip | None = None) -> tuple[State, dict[str, Any]]:
     """Update a state by its gradients.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -45,10 +45,14 @@ def collectives(trace: Trace) -> Iterator[tuple[str, fx.Node]]:
                 yield f"    {inner}", place
 
 
-def digest(function: str, trace: Trace) -> str:
-    """Return a hash of a function's name and its program's collectives; nothing where it holds none."""
+def digest(function: str, trace: Trace, told: Mapping[str, str]) -> str:
+    """Return a hash of a function's name, its program's collectives, and what else ranks have to have in common.
+
+    It is nothing where there are no collectives.
+    """
     names = [name for name, _ in collectives(trace)]
-    return hashlib.sha256("\n".join((function, *names)).encode()).hexdigest()[:32] if names else ""
+    lines = (function, *names, *(f"{name}: {text}" for name, text in told.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32] if names else ""
 
 
 def named(trace: Trace) -> list[tuple[str, fx.Node]]:

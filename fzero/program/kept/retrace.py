@@ -12,7 +12,6 @@ its fields:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
 import logging
@@ -23,7 +22,8 @@ from typing import Any
 from fzero import tree
 from fzero.program.program import Program
 from fzero.program.signature import Signature
-from fzero.sharding.placement import Placement
+from fzero.ranks.peers import portable
+from fzero.sharding.statics import fields, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -190,12 +190,25 @@ def static_fields(signature: Signature) -> dict[str, Any]:
         where = signature.named(".".join(path))
         for name, value in own.items():
             prefix = f"{where}.{name}" if name else where
-            found.update((f"{prefix} {field}".strip(), x) for field, x in _fields(value, above))
+            found.update((f"{prefix} {field}".strip(), x) for field, x in fields(value, above))
         for entry, child, below in zip(entries, children, spec.children(), strict=True):
             visit(child, below, (*path, entry), (*above, *own.values()))
 
     visit(nodes, structure, (), ())
     return found
+
+
+def told_of(signature: Signature) -> dict[str, str]:
+    """Return the optimizers, policies and layouts of states in the arguments as text that ranks compare.
+
+    An optimizer shows in no collective, and the others not always.
+    """
+    nodes = [(name.partition(" "), value) for name, value in static_fields(signature).items()]
+    return {
+        f"{where}{blank}{field}": portable(text_of(value))
+        for (where, blank, field), value in nodes
+        if where.rpartition(".")[2] == "optimizer" or field.partition(".")[0] in ("policy", "layout")
+    }
 
 
 _PLAIN = (tuple, list, dict, OrderedDict, defaultdict, deque, type(None))
@@ -205,27 +218,6 @@ _AMBIENT = ("autocast on a CPU", "autocast on CUDA", "grad mode", "the default d
 
 def _fits(names: Sequence[str], data: Any) -> bool:
     return isinstance(data, tuple) and len(names) == len(data)
-
-
-def _fields(value: Any, above: Sequence[Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over the fields of a static value, down to those without fields, but for what stands above already."""
-    if any(value is other for other in above):
-        return
-    dot = f"{name}." if name else ""
-    if isinstance(value, Placement):
-        for field in ("mesh", "layout", "policy"):
-            yield from _fields(getattr(value, field), above, f"{dot}{field}")
-        for path, spec in zip(value.paths, value.specs, strict=True):
-            yield from _fields(spec, above, f"{dot}{path}")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and dataclasses.fields(value):
-        for f in dataclasses.fields(value):
-            if f.compare:
-                yield from _fields(getattr(value, f.name), above, f"{dot}{f.name}")
-    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(x) for x in value):
-        for i, x in enumerate(value):
-            yield from _fields(x, above, f"{dot}{i}")
-    else:
-        yield name, value
 
 
 def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -243,16 +235,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _told_apart(old: Any, new: Any) -> tuple[str, str]:
-    before, after = ("nothing" if x is _NOTHING else _short(_text(x)) for x in (old, new))
+    before, after = ("nothing" if x is _NOTHING else _short(text_of(x)) for x in (old, new))
     return before, after if before != after else f"another {after}"
-
-
-def _text(value: Any) -> str:
-    function = value.func if isinstance(value, functools.partial) else value
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return repr(value)
-    return f"{function.__name__} ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
 
 
 def _short(text: str) -> str:
