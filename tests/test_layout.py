@@ -329,6 +329,16 @@ def test_a_sharded_says_what_it_is():
     assert sharded.policy is None
 
 
+@pytest.mark.parametrize(
+    ("key", "way_out"), [("w", "only='w'"), ("blocks", r"only='blocks\.\*'"), ("v", r"fz\.gather\(sharded\)\['v'\]")]
+)
+def test_a_sharded_is_not_indexed_and_says_how_to_gather_a_leaf(key: str, way_out: str) -> None:
+    sharded = fz.shard({"w": torch.ones(4), "blocks": [torch.ones(3)]}, fz.make_mesh("cpu"), fz.zero(3))
+    with pytest.raises(TypeError, match=way_out) as info:
+        sharded[key]
+    assert "blocks.0, w" in str(info.value)
+
+
 def test_p_is_a_value():
     spec = fz.P("model", None)
     assert repr(spec) == "P('model', None)"
@@ -430,3 +440,73 @@ def test_a_leaf_that_cannot_be_sharded_is_named(leaf, message):
 def test_what_is_no_layout_is_refused():
     with pytest.raises(TypeError, match=r"fz.shard: expected a layout, such as fz.zero\(3\), got 'zero3'"):
         fz.shard({"w": torch.ones(2)}, fz.make_mesh("cpu"), "zero3")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pickled and copied
+
+SQUARE = torch.arange(256.0).view(16, 16)
+# The layout and the axes of a world of two or four -> which ranks' pickles a rank can load.
+CARRIED: list[tuple[fz.Layout, dict[str, int], list[set[int]]]] = [
+    (fz.zero(3), {"data": 2}, [{0}, {1}]),
+    (fz.zero(0), {"data": 2}, [{0, 1}, {0, 1}]),
+    (fz.zero(0, split={"w": fz.P("data")}, axis=()), {"data": 2}, [{0}, {1}]),
+    (fz.zero(3, replicate="node"), NODES, [{0, 2}, {1, 3}, {0, 2}, {1, 3}]),
+    (fz.zero(3, axis=("node", "data")), NODES, [{0}, {1}, {2}, {3}]),
+]
+
+
+def pickled(layout: fz.Layout, axes: dict[str, int]) -> bytes:
+    sharded = fz.shard({"w": SQUARE}, fz.make_mesh("cpu", deadline=None, simulate=False, **axes), layout)
+    for twin in (copy.deepcopy(sharded), copy.copy(sharded), pickle.loads(pickle.dumps(sharded))):
+        assert torch.equal(fz.gather(twin)["w"], SQUARE)
+    return pickle.dumps(sharded)
+
+
+def unpickled(bodies: list[bytes], axes: dict[str, int] | None = None) -> list[str]:
+    """What comes of each pickle: nothing, or an error. No rank gathers by itself, so the piece is compared."""
+    # Kept until the end: all ranks start the groups of a mesh together, and one that raised would start new ones.
+    mesh = fz.make_mesh("cpu", deadline=None, simulate=False, **axes) if axes else None
+    found = []
+    for body in bodies:
+        try:
+            sharded = pickle.loads(body)
+            own = fz.shard({"w": SQUARE}, sharded.mesh, sharded.layout)
+            assert mesh is None or torch.equal(tree.leaves(own)[0], tree.leaves(sharded)[0])
+            found.append("")
+        except fz.MeshError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize(("layout", "axes", "allowed"), CARRIED, ids=str)
+def test_pieces_are_unpickled_where_they_belong(
+    layout: fz.Layout, axes: dict[str, int], allowed: list[set[int]]
+) -> None:
+    size, is_whole = len(allowed), layout == fz.zero(0)
+    bodies = world.run(pickled, layout, axes, size=size)
+    for rank, messages in enumerate(world.run(unpickled, bodies, axes, size=size)):
+        assert {i for i, message in enumerate(messages) if not message} == allowed[rank]
+        for other, message in enumerate(messages):
+            assert not message or f"pieces of rank {other} of {size}" in message
+            assert not message or f"this is rank {rank} of {size}" in message
+            assert not message or "fz.gather" in message
+    for message in unpickled(bodies):
+        assert bool(message) != is_whole
+        assert is_whole or "this is a process by itself" in message
+        assert is_whole or f"fz.make_mesh() has started {size} processes" in message
+    if not is_whole and size == 4:
+        assert all("this is rank" in message for message in world.run(unpickled, bodies, size=2)[0])
+
+
+def state_carried() -> None:
+    mesh = fz.make_mesh("cpu")
+    state = fz.init({"w": SQUARE}, fz.adamw(0.1), mesh, fz.zero(3), policy="bf16-8bit")
+    step = fz.train_step(lambda params, batch: (params["w"] * batch).float().sum())
+    for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        other, _ = step(twin, torch.ones(16, 16))
+        assert other.step.item() == 1 and len(step.programs) == 1
+
+
+def test_a_state_is_pickled_and_copied_on_its_rank() -> None:
+    world.run(state_carried, size=2)

@@ -39,6 +39,12 @@ class Placement:
         rows = zip(self.paths, self.specs, strict=True)
         return tuple(f"{path}: {spec.shape} over {spec.cut} {spec.split} of {axes}, {stage}" for path, spec in rows)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes whose ranks hold different pieces of some leaf, in the order of the mesh."""
+        used = {axis for spec in self.specs for axis in spec.axes}
+        return tuple(axis for axis in self.mesh.names if axis in used)
+
     @functools.cached_property
     def policy_line(self) -> str:
         """The policy as a line of text that ranks compare: the dtype of what they send is its."""

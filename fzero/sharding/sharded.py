@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fzero import tree
@@ -85,6 +86,19 @@ class Sharded:
     def select(self, indices: Sequence[int]) -> Sharded:
         """Return some of the leaves, as a flat dict from path to leaf."""
         return Sharded(tuple(self.pieces[i] for i in indices), self.placement.select(indices), self.factor)
+
+    def __getitem__(self, key: object) -> NoReturn:
+        below = [path for path in self.paths if path == key or path.startswith(f"{key}.")]
+        only = None if not below else key if below == [key] else f"{key}.*"
+        way_out = f"fz.gather(sharded, only={only!r})" if only else f"fz.gather(sharded)[{key!r}]"
+        raise TypeError(
+            f"fz.Sharded: [{key!r}]: a Sharded holds this rank's pieces and is not indexed. Gather what you want on "
+            f"every rank: {way_out}. Its leaves are {', '.join(self.paths[:5])}{', …' if len(self.paths) > 5 else ''}."
+        )
+
+    def __reduce__(self) -> Any:
+        # Pieces are of a place in the mesh, which a pickle has to name: a mesh stands for whatever process it is in.
+        return _loaded, (self.pieces, self.placement, self.factor, _place_of(self.placement))
 
     def __repr__(self) -> str:
         return text_of(of_sharded(self))
@@ -227,6 +241,30 @@ def check_not_simulated(sharded: Sharded, call: str) -> None:
     abstract = all(piece is None or piece.device.type == "meta" for piece in sharded.pieces)
     if sharded.mesh.simulated and abstract:
         raise MeshError(f"{call}: the mesh is simulated, so there are no values. Use fz.trace, or make a real mesh.")
+
+
+def _place_of(placement: Placement) -> tuple[int, int, int] | None:
+    """Return the number of this rank's pieces, its rank, and how many ranks there are; `None` for whole leaves."""
+    mesh, axes = placement.mesh, placement.axes
+    if mesh.simulated or mesh.size(axes) == 1:
+        return None
+    return mesh.index(axes), dist.get_rank(), mesh.size(mesh.names)
+
+
+def _loaded(
+    pieces: tuple[Tensor | None, ...], placement: Placement, factor: Tensor | None, saved: tuple[int, int, int] | None
+) -> Sharded:
+    """Return what was pickled or copied, on a rank that holds the same pieces."""
+    here = _place_of(placement)
+    if saved is not None and (here is None or here[0] != saved[0]):
+        way_out = "Pickle what fz.gather returns, which any process can load; or load on each rank what it pickled"
+        where = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "a process by itself"
+        started = "" if dist.is_initialized() else f", once fz.make_mesh() has started {saved[2]} processes again"
+        raise MeshError(
+            f"fz: these are the pieces of rank {saved[1]} of {saved[2]}, pickled there, and this is {where}, which "
+            f"holds others. {way_out}{started}."
+        )
+    return Sharded(pieces, placement, factor)
 
 
 def _flatten_sharded(x: Sharded) -> tuple[tuple[Tensor | None, ...], Placement, tuple[str, ...]]:
