@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +65,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "vjp": lambda x: fz.vjp(torch.exp, x),
     "another jitted call": lambda x: fz.jit(torch.exp)(x),
     "shard": lambda x: fz.shard({"w": x}, fz.make_mesh("cpu"), fz.zero(3)),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
     "init": lambda x: fz.init({"w": x}, fz.adamw(1e-3), fz.make_mesh("cpu")),
 }
 
@@ -77,8 +82,26 @@ def test_every_read_names_the_call_that_has_the_memory(read: Callable[[Tensor], 
     x = A.clone()
     alias = x
     jitted(x)
-    with pytest.raises(fz.DonatedError, match=r"donated to double \(call 2\).*\.clone\(\)"):
+    with pytest.raises(fz.DonatedError, match=r"donated to double \(call 2\).*\.clone\(\)") as info:
         read(alias)
+    assert str(info.value).startswith("fz: this tensor's memory was donated to double (call 2)")
+    assert not re.search(r"__\w+__|is_\w+", str(info.value))
+
+
+NAMED = {
+    "sum": lambda x: x.sum(),
+    "stack": lambda x: torch.stack([A, x]),
+    "exp": torch.exp,
+    "clone": lambda x: x.clone(),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_function_of_torch_that_reads_it_is_named(name: str) -> None:
+    x = A.clone()
+    fz.jit(double, donate=0)(x)
+    with pytest.raises(fz.DonatedError, match=f"and {name} reads it"):
+        NAMED[name](x)
 
 
 def test_printing_says_it_and_does_not_raise() -> None:

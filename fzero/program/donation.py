@@ -33,10 +33,12 @@ class Donated(Tensor):
                 break
             if isinstance(x, list | tuple):
                 stack.extend(x)
+        reader = _reader(func)
         raise DonatedError(
-            f"{getattr(func, '__name__', func)}: this tensor's memory was donated to {call}, which may have "
-            f"overwritten it. Use what that call returned, or jit without donate=. To keep what a call takes, copy it "
-            f"before: a tensor by .clone(), a state by fz.tree.map(torch.clone, state)."
+            f"fz: this tensor's memory was donated to {call}, which may have overwritten it"
+            f"{f', and {reader} reads it' if reader else ''}. Use what that call returned, or jit without donate=. "
+            f"To keep what a call takes, copy it before: a tensor by .clone(), a state by "
+            f"fz.tree.map(torch.clone, state)."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -44,6 +46,12 @@ class Donated(Tensor):
 
     def __format__(self, spec: str) -> str:
         return repr(self)
+
+
+def _reader(func: Any) -> str:
+    """Return the name of an operation that a user has called; nothing for those behind an attribute or a check."""
+    name = str(getattr(func, "__name__", ""))
+    return "" if name.startswith(("_", "is_")) or (not hasattr(Tensor, name) and not hasattr(torch, name)) else name
 
 
 class HasPaths(Protocol):
