@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ import fzero as fz
 from tests.small import assert_same_bits, dot, gradient_of, parameters
 
 A = torch.arange(6.0)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -83,6 +89,9 @@ def test_inside_a_chain_and_between_functions_of_one_name() -> None:
     chained = fz.chain(fz.clip_by_global_norm(1.0), fz.adamw(3e-4))
     _, cause = causes(update, (state_of(CHAIN), parameters(1)), (state_of(chained), parameters(1)))
     assert cause == "state.optimizer optimizer.lr: 0.001 -> 0.0003"
+    others = fz.chain(fz.clip_by_leaf_norm(1.0), fz.adamw(1e-3))
+    _, cause = causes(update, (state_of(CHAIN), parameters(1)), (state_of(others), parameters(1)))
+    assert cause == "state.optimizer transforms.0: ClipByGlobalNorm -> ClipByLeafNorm"
     rates = [lambda step: falling(step) for _ in range(2)]
     _, cause = causes(update, *((state_of(fz.adamw(rate)), parameters(1)) for rate in rates))
     assert "state.optimizer lr: <lambda> (test_program_retrace.py:" in cause and "-> another <lambda> (" in cause
@@ -105,6 +114,10 @@ ARGUMENTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...],
     "one of several": (lambda x, *more: x, (A, A, A), (A, A, A[:2]), "more.1: float32(6,) on cpu -> float32(2,)"),
     "one more": (lambda x, *more: x, (A, A), (A, A, A), "more.1: nothing -> float32(6,) on cpu"),
     "a name that a function lacks": (torch.exp, (A,), (A[:4],), "0: float32(6,) on cpu -> float32(4,) on cpu"),
+    "a tuple": (lambda batch: batch, ((A, A),), ([A, A],), "batch: tuple -> list"),
+    "a tuple inside": (lambda batch: batch, ({"x": [(A, 1)]},), ({"x": [[A, 1]]},), "batch.x.0: tuple -> list"),
+    "a dict": (lambda batch: batch, ({"x": A},), (collections.OrderedDict(x=A),), "batch: dict -> OrderedDict"),
+    "a named tuple": (lambda batch: batch, ((A, A),), (Pair(A, A),), "batch: tuple -> Pair"),
     "a key": (lambda x: x, ({"a": A},), ({"b": A},), "x.a: float32(6,) on cpu -> nothing; x.b: nothing -> float32"),
 }
 

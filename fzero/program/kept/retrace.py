@@ -154,11 +154,16 @@ def changed(before: Signature, after: Signature) -> Iterator[Change]:
     for path, (old, new) in _pairs(static_fields(before), static_fields(after)):
         if type(old) is type(new) and old == new:
             continue
+        if _NOTHING in (old, new) and isinstance(old if new is _NOTHING else new, type):
+            continue  # of a dataclass that came or went its fields tell
         texts = _told_apart(old, new)
         # The layout of a state is that of its parameters and moments, too.
         if (line := (path.rpartition(" ")[2], *texts)) not in told:
             told.add(line)
             yield Change(path, *texts, is_number=_is_number(old) and _is_number(new), is_static=True)
+    for path, (kind, other) in _pairs(_containers(before), _containers(after)):
+        if kind is not other and _NOTHING not in (kind, other):
+            yield Change(path, kind.__name__, other.__name__)
     for what, old, new in zip(_AMBIENT, before.ambient, after.ambient, strict=True):
         if old != new:
             yield Change(what, str(old), str(new))
@@ -195,6 +200,20 @@ def static_fields(signature: Signature) -> dict[str, Any]:
             visit(child, below, (*path, entry), (*above, *own.values()))
 
     visit(nodes, structure, (), ())
+    return found
+
+
+def _containers(signature: Signature) -> dict[str, Any]:
+    """Return the type of each tuple, list, dict and other node of the arguments that holds something, by its path."""
+    found: dict[str, Any] = {}
+
+    def visit(spec: tree.TreeDef, path: tuple[str, ...]) -> None:
+        if spec.num_leaves and not spec.is_leaf():
+            found[signature.named(".".join(path))] = spec.type
+            for entry, child in zip(spec.entries(), spec.children(), strict=True):
+                visit(child, (*path, str(entry)))
+
+    visit(signature.hollow.treedef, ())
     return found
 
 
