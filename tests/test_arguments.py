@@ -102,6 +102,9 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "policy, a dtype": (lambda: fz.policy(torch.bfloat16), fz.PolicyError, "fz.policy: no policy is called torch.bfl"),
     "policy, a list": (lambda: fz.policy(["bf16"]), fz.PolicyError, "fz.policy: no policy is called"),
     "zero": (lambda: fz.zero("3"), fz.LayoutError, "fz.zero: there is no stage '3'. Use 0, 1, 2 or 3"),
+    "zero, a float": (lambda: fz.zero(2.0), fz.LayoutError, "fz.zero: there is no stage 2.0. Use 0, 1, 2 or 3"),
+    "zero, a bool": (lambda: fz.zero(True), fz.LayoutError, "fz.zero: there is no stage True. Use 0, 1, 2 or 3"),
+    "layout, a float": (lambda: fz.init({}, fz.sgd(0.1), layout=2.0), TypeError, r".*Pass layout=fz.zero\(3\)"),
     "zero, axis": (
         lambda: fz.zero(3, axis=None),
         fz.LayoutError,

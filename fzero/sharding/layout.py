@@ -15,6 +15,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from fzero.calls import shown
 from fzero.calls.arguments import named
@@ -99,7 +100,7 @@ def zero(
         >>> zero(3, axis="data", replicate="node").data_axes
         ('node', 'data')
     """
-    if stage not in (0, 1, 2, 3):
+    if not isinstance(stage, Integral) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise LayoutError(f"fz.zero: there is no stage {stage!r}. Use 0, 1, 2 or 3.")
     cut, copies = _axes("axis", axis), _axes("replicate", replicate)
     for pattern, spec in (split or {}).items():
@@ -112,7 +113,7 @@ def zero(
         raise LayoutError(
             f"fz.zero: {twice} stand twice in axis={axis!r}, replicate={replicate!r}. Name each axis once."
         )
-    return Layout(stage, cut, copies, tuple((split or {}).items()))
+    return Layout(int(stage), cut, copies, tuple((split or {}).items()))
 
 
 def _axes(name: str, given: str | Sequence[str]) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def cut(
 
 def _check_axes(mesh: Mesh, layout: Layout) -> None:
     if not isinstance(layout, Layout):
-        way_out = f"fz.zero({layout})" if layout in (0, 1, 2, 3) else "fz.zero(3)"
+        way_out = f"fz.zero({layout})" if type(layout) is int and 0 <= layout <= 3 else "fz.zero(3)"
         raise TypeError(f"fz.init: layout must be made by fz.zero, got {tree.describe(layout)}. Pass layout={way_out}.")
     used = {*layout.data_axes, *(axis for _, split in layout.split for axis in split)}
     if idle := [name for name, size in mesh.axes if size > 1 and name not in used]:
