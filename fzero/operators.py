@@ -7,6 +7,7 @@ operators return the memory of an argument. Arguments may be tensors or nodes of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     Attention kernels and recurrent layers are marked random whatever their dropout is, and `rrelu` in evaluation too;
     at a dropout of zero they draw nothing.
     """
-    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+    if not isinstance(op, OpOverload) or not _may_draw(op):
         return False
     name = op._schema.name
     if name == "aten::_fused_sdp_choice":  # which kernel will draw
@@ -111,6 +112,12 @@ def draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
             if any(a.name == argument for a in op._schema.arguments):
                 return bool(_argument(op, argument, args, kwargs))
     return True
+
+
+@functools.cache
+def _may_draw(op: OpOverload) -> bool:
+    """Whether torch marks an operator as random: asked for each eager operation, where comparing tags would show."""
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 def is_pure(op: Any) -> bool:

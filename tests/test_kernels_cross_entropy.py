@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fzero as fz
-from fzero._torch import make_fx
-from fzero.kernels import cross_entropy as module
+from fzero._torch import FakeTensorMode, TorchDispatchMode, make_fx
+from fzero.kernels import logits_in_chunks as module
 from fzero.kernels import softmax_chunk
-from fzero.kernels.cross_entropy import default_chunk, linear_cross_entropy
+from fzero.kernels.cross_entropy import linear_cross_entropy
+from fzero.kernels.logits_in_chunks import default_chunk
 from fzero.kernels.softmax_chunk import fold_reference, gradient_reference
 from tests.pairwise import pairwise
 from tests.small import LiveBytes, assert_same_bits
@@ -120,6 +121,31 @@ def test_a_chunk_takes_32_mib_of_float32() -> None:
         assert chunk == vocabulary or (chunk % 64 == 0 and chunks * chunk - vocabulary < 64 * chunks)
         assert tokens * chunk <= max(1 << 23, 256 * tokens) + 64 * tokens
         assert chunk == vocabulary or tokens * chunk * 2 > 1 << 23
+
+
+class Chunks(TorchDispatchMode):
+    """Notes into how many chunks of columns each operator cuts the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fzero.linear_cross_entropy.default:
+            self.found.append(-(-len(args[1]) // args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "on_cpu", "on_cuda"),
+    [(8192, 50_257, 50, 13), (1024, 8192, 1, 1), (4096, 16_384, 8, 2), (1 << 20, 32_000, 125, 125), (8, 50_257, 1, 1)],
+)
+def test_a_gpu_is_given_a_quarter_of_the_chunks(tokens: int, vocabulary: int, on_cpu: int, on_cuda: int) -> None:
+    with FakeTensorMode(), Chunks() as chunks:
+        for device in ("cpu", "cuda"):
+            x, weight = torch.empty(tokens, 8, device=device), torch.empty(vocabulary, 8, device=device)
+            linear_cross_entropy(x, weight, torch.empty(tokens, dtype=torch.int64, device=device))
+    assert chunks.found == [on_cpu, on_cuda]
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])

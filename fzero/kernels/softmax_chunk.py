@@ -1,4 +1,4 @@
-"""The softmax of a chunk of logits: how `fzero.kernels.cross_entropy` walks over a vocabulary.
+"""The softmax of a chunk of logits: how `fzero.kernels.logits_in_chunks` walks over a vocabulary.
 
 For each token three statistics are folded from chunk to chunk, in float32: the largest logit so far, the sum of
 exponentials over it, and the label's logit. With them a chunk of logits becomes its own gradient, in place. For each

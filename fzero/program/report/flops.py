@@ -14,7 +14,7 @@ from torch import fx
 
 from fzero._torch import OpOverload
 from fzero.kernels.counted import count_flops_of, flop_formulas
-from fzero.kernels.cross_entropy import FLOPS
+from fzero.kernels.logits_in_chunks import FLOPS
 from fzero.program.graph.trace import Trace
 from fzero.program.graph.walk import calls, vals
 
