@@ -140,3 +140,47 @@ def test_draws_without_a_key_are_refused_at_their_line():
     g, params = gradient(lambda x: x * torch.rand(4))
     with pytest.raises(fz.RandomOpError, match=rf"random generator, at {__file__}:\d+ in .*<lambda>"):
         fz.jit(g)(params)
+
+
+def classes(p: Any, x: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(x @ p, labels)
+
+
+def picked(p: Any, x: Tensor, index: Tensor) -> Tensor:
+    return (x @ p).gather(1, index[:, None]).sum()
+
+
+ROWS, WEIGHT = torch.ones(2, 4), torch.ones(4, 3)
+META = torch.ones(2, 4, device="meta")
+INTEGERS, VALUES = r"labels\.long\(\)", r"fz\.init makes values"
+# A function, a batch that is wrong, and the way out.
+BATCHES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str]] = {
+    "float labels": (classes, (ROWS, torch.ones(2)), INTEGERS),
+    "float index": (picked, (ROWS, torch.ones(2)), INTEGERS),
+    "meta input": (classes, (META, torch.ones(2, dtype=torch.int64)), VALUES),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_wrong_batch_is_told_with_the_line_and_what_to_do(name: str, traced: bool) -> None:
+    f, batch, way_out = BATCHES[name]
+    gradient_ = fz.value_and_grad(f)
+    with pytest.raises(fz.ModuleError, match=way_out) as info:
+        (fz.jit(gradient_) if traced else gradient_)(WEIGHT, *batch)
+    assert __file__ in str(info.value) and f"in {f.__name__}" in str(info.value)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_shapes_of_a_factory_are_no_parameters_to_call_with(traced: bool) -> None:
+    apply, params = fz.functional(lambda: nn.Linear(4, 2))
+    with pytest.raises(fz.ModuleError, match=f"in module Linear\n.*{VALUES}"):
+        (fz.jit(apply) if traced else apply)(params, ROWS)
+    assert fz.trace(apply)(params, META).flops() == 2 * 2 * 4 * 2
+
+
+def test_any_other_error_of_a_trace_notes_the_line() -> None:
+    with pytest.raises(RuntimeError) as info:
+        fz.jit(classes)(WEIGHT, ROWS[:, :3], torch.ones(2, dtype=torch.int64))
+    (note,) = info.value.__notes__
+    assert __file__ in note and "in classes" in note

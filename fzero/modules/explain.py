@@ -27,6 +27,11 @@ _DTYPES = (
 _SPARSE = (
     "Gradients are dense here: leave out sparse=True of the embedding, module.sparse = False before fz.functional."
 )
+_INDICES = "Labels that are classes, and indices, are integers: labels.long()."
+_SHAPES = (
+    "What is on the device meta is a shape without values, as fz.functional(factory) gives of parameters: "
+    "fz.init makes values, state = fz.init(factory, optimizer). fz.trace takes shapes, where all arguments are such."
+)
 _COMPILED = "Give fz.functional the module as it is, without torch.compile: fz.jit compiles the whole step."
 COLLECTIVES = (
     "Inside of a function that is differentiated use the collectives of a mesh, which have gradients: "
@@ -55,6 +60,12 @@ _WAYS_OUT = {
         'fz.jit(..., remat="block").'
     ),
     "mutating directly with `.data`": "A function reads parameters, and an update alone changes them.",
+    "expected scalar type Long": _INDICES,
+    "expected target dtype to be Long": _INDICES,
+    "Expected dtype int32/int64 for index": _INDICES,
+    "devices, meta and": _SHAPES,
+    "and meta!": _SHAPES,
+    "on device meta is not on the expected device": _SHAPES,
     "have the same dtype": _DTYPES,
     "expected scalar type": _DTYPES,
     "is not implemented for sparse": _SPARSE,

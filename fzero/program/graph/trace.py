@@ -27,7 +27,7 @@ from fzero._torch import (
     distributions_unchecked,
     make_fx,
 )
-from fzero.errors import RandomOpError, TraceError
+from fzero.errors import FzeroError, RandomOpError, TraceError
 from fzero.marks import line_of, recorded
 from fzero.modules.explain import explaining, line_of_user, module_of
 from fzero.modules.foreign import collectives_replaced
@@ -146,6 +146,10 @@ def graph_of(f: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> 
             f"fz.jit: the function looks at the value of a tensor{by}, which a trace does not have, at\n"
             f"{line_of_user(error)}\n{module_of(error)}{remedy(name)}."
         ) from error
+    except RuntimeError as error:
+        if not isinstance(error, FzeroError) and not any("fz.jit" in note for note in getattr(error, "__notes__", ())):
+            error.add_note(f"fz.jit traced the function, and came to\n{line_of_user(error)}")
+        raise
     except SyntaxError as error:
         # torch.fx writes each new graph as Python, where the name of this one operator is a keyword.
         if ".random_.from(" not in (error.text or ""):
