@@ -41,6 +41,10 @@ class OnCPU(Recorder):
         return launch, outputs
 
 
+def always(recorder: Recorder) -> Callable[[torch.device], Recorder]:
+    return lambda device: recorder
+
+
 State = list[Tensor]
 
 
@@ -57,8 +61,7 @@ class Steps:
 
     def __init__(self) -> None:
         trace = fz.jit(update, donate=(0,)).trace(start(), torch.ones(3)).trace
-        on_cpu = OnCPU()
-        self.program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: on_cpu)
+        self.program = Replayed(lower_graph(trace.module), trace.donated, recorder=always(OnCPU()))
 
     def __call__(self, state: State, batch: Tensor) -> tuple[State, Tensor]:
         *new, metric = run_donating(self.program, [*state, batch], range(len(state)), "a step")
@@ -162,8 +165,7 @@ def test_leaves_may_change_places() -> None:
 
 def test_without_donation_everything_is_copied() -> None:
     trace = fz.jit(update).trace(start(), BATCHES[0]).trace
-    on_cpu = OnCPU()
-    program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: on_cpu)
+    program = Replayed(lower_graph(trace.module), trace.donated, recorder=always(OnCPU()))
     state = start()
     results = [program([*state, batch]) for batch in BATCHES]
     assert_same_bits(state, start())
@@ -182,8 +184,7 @@ class Refusing(OnCPU):
 
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     trace = fz.jit(update, donate=(0,)).trace(start(), BATCHES[0]).trace
-    refusing = Refusing()
-    program = Replayed(lower_graph(trace.module), trace.donated, recorder=lambda device: refusing, must=False)
+    program = Replayed(lower_graph(trace.module), trace.donated, recorder=always(Refusing()), must=False)
     state, metrics = start(), []
     for batch in BATCHES:
         *state, metric = run_donating(program, [*state, batch], range(len(state)), "a step")
@@ -199,10 +200,7 @@ def test_large_results_are_not_copied_where_nobody_asked(monkeypatch: pytest.Mon
     monkeypatch.setattr(cudagraph, "MOST_COPIED", 8)  # a metric and the count take 8, a state 24 more
     for donated, is_recorded in (((0,), True), ((), False)):
         trace = fz.jit(update, donate=donated).trace(start(), BATCHES[0]).trace
-        on_cpu = OnCPU()
-        program = Replayed(
-            lower_graph(trace.module), trace.donated, recorder=lambda device, own=on_cpu: own, must=False
-        )
+        program = Replayed(lower_graph(trace.module), trace.donated, recorder=always(OnCPU()), must=False)
         state, metrics = start(), []
         for batch in BATCHES:
             *state, metric = run_donating(program, [*state, batch], trace.donated, "a step")
@@ -213,8 +211,7 @@ def test_large_results_are_not_copied_where_nobody_asked(monkeypatch: pytest.Mon
 
 def test_what_is_only_read_is_read_where_it_is_and_held_by_nobody() -> None:
     trace = fz.jit(lambda w, x: w @ x).trace(torch.ones(3, 3), BATCHES[0]).trace
-    on_cpu = OnCPU()
-    program = Replayed(lower_graph(trace.module), trace.donated, frozenset({0}), recorder=lambda device: on_cpu)
+    program = Replayed(lower_graph(trace.module), trace.donated, frozenset({0}), recorder=always(OnCPU()))
     weights = [torch.full((3, 3), float(i)) for i in range(MOST + 2)]
     for batch in BATCHES[:3]:
         for w in weights:
