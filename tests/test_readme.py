@@ -39,8 +39,10 @@ def test_the_table_of_the_step_is_the_measured_one():
     assert f"<!-- step-cpu -->\n{markdown(record)}\n<!-- /step-cpu -->" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-@pytest.mark.parametrize(("name", "table_of"), [("step-cuda", markdown), ("kernels-cuda", kernels.markdown)])
-def test_the_tables_of_a_gpu_are_the_measured_ones(name, table_of):
+@pytest.mark.parametrize(
+    ("name", "table_of"), [("step-cpu-fp32", markdown), ("step-cuda", markdown), ("kernels-cuda", kernels.markdown)]
+)
+def test_the_tables_are_the_measured_ones(name, table_of):
     record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"<!-- {name} -->\n{table_of(record)}\n<!-- /{name} -->" in text
