@@ -491,10 +491,8 @@ def test_pieces_are_unpickled_where_they_belong(
             assert not message or f"pieces of rank {other} of {size}" in message
             assert not message or f"this is rank {rank} of {size}" in message
             assert not message or "fz.gather" in message
-    for message in unpickled(bodies):
-        assert bool(message) != is_whole
-        assert is_whole or "this is a process by itself" in message
-        assert is_whole or f"fz.make_mesh() has started {size} processes" in message
+    for body in bodies:  # a process by itself can look at what a rank holds
+        assert set(tree.leaves(pickle.loads(body))[0].flatten().tolist()) <= set(SQUARE.flatten().tolist())
     if not is_whole and size == 4:
         assert all("this is rank" in message for message in world.run(unpickled, bodies, size=2)[0])
 

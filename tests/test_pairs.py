@@ -40,7 +40,7 @@ def gathered(shapes: list[tuple[int, ...]]) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_what_is_gathered_is_what_gloo_gathers(size: int) -> None:
     shapes = [(LARGE,), (3,), (64, LARGE // 8), (0,), (1,), (LARGE + 1,)]
     assert all(all(found) for found in world.run(gathered, shapes, size=size))
@@ -82,7 +82,7 @@ def wide_step() -> Any:
     return [torch.equal(a, b) for a, b in zip(fz.tree.leaves(jitted), fz.tree.leaves(eager), strict=True)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_program_sends_in_pairs_and_has_the_bits_of_the_eager_step(size: int) -> None:
     assert all(all(found) for found in world.run(wide_step, size=size))
 

@@ -254,15 +254,16 @@ def _place_of(placement: Placement) -> tuple[int, int, int] | None:
 def _loaded(
     pieces: tuple[Tensor | None, ...], placement: Placement, factor: Tensor | None, saved: tuple[int, int, int] | None
 ) -> Sharded:
-    """Return what was pickled or copied, on a rank that holds the same pieces."""
+    """Return what was pickled or copied, on a rank that holds the same pieces, or where there are no ranks.
+
+    A process by itself may look at the pieces of one rank; to it their mesh is a simulated one.
+    """
     here = _place_of(placement)
-    if saved is not None and (here is None or here[0] != saved[0]):
-        way_out = "Pickle what fz.gather returns, which any process can load; or load on each rank what it pickled"
-        where = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "a process by itself"
-        started = "" if dist.is_initialized() else f", once fz.make_mesh() has started {saved[2]} processes again"
+    if saved is not None and dist.is_initialized() and (here is None or here[0] != saved[0]):
         raise MeshError(
-            f"fz: these are the pieces of rank {saved[1]} of {saved[2]}, pickled there, and this is {where}, which "
-            f"holds others. {way_out}{started}."
+            f"fz: these are the pieces of rank {saved[1]} of {saved[2]}, pickled there, and this is rank "
+            f"{dist.get_rank()} of {dist.get_world_size()}, which holds others. Pickle what fz.gather returns, which "
+            f"any process can load; or load on each rank what it pickled."
         )
     return Sharded(pieces, placement, factor)
 
