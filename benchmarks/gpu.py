@@ -5,7 +5,8 @@
     python benchmarks/gpu.py --parts rates step         # some of it, where there is no virtual environment to make
 
 A part is a process. What it prints goes into a log, what it finds into a JSON file as it ends, so a part that hangs or
-breaks costs its limit and nothing else. Parts go from what others are read against to what takes longest.
+breaks costs its limit and nothing else. Tests that fail are printed as they do. Parts go from what others are read
+against to what takes longest.
 """
 
 from __future__ import annotations
@@ -47,24 +48,30 @@ def script(name: str, *more: str) -> tuple[str, ...]:
     return (f"benchmarks/{name}.py", "--device", "DEVICE", *more)
 
 
-PYTEST = ("-n4", "-p", "no:benchmark", "-rA", "--no-header")
+PYTEST = ("-v", "-n4", "-p", "no:benchmark", "-p", "tests.failures_at_once", "--tb=short", "--no-header")
 TINY_MODEL = ("--models", "tiny", "--batches", "2x32", "--repeats", "3", "--ranks", "1")
 PARTS = (
     Part("rates", script("rates", "--out", "OUT"), ("--elements", "1000000", "--side", "256"), 20),
-    Part("tests", ("-m", "pytest", "-m", "gpu", *PYTEST, "tests"), ("--collect-only",), 75),
-    Part("kernels", script("kernels", "--out", "OUT", "--repeats", "15"), ("--elements", "100000"), 60),
+    Part("tests", ("-m", "pytest", "-m", "gpu", *PYTEST, "tests"), ("--collect-only",), 110),
+    Part("kernels", script("kernels", "--out", "OUT", "--repeats", "15"), ("--elements", "100000"), 40),
     Part(
         "step",
         script("step", "--out", "OUT", "--models", "base", "--batches", "8x1024", "--repeats", "15"),
         TINY_MODEL,
-        150,
+        140,
     ),
-    Part("jax", ("benchmarks/jax_step.py", "--out", "OUT"), ("--model", "tiny", "--batch", "2x32"), 60, "optax"),
+    Part(
+        "profile",
+        script("step_profile", "--out", "OUT"),
+        ("--model", "tiny", "--batch", "2x32"),
+        40,
+    ),
+    Part("jax", ("benchmarks/jax_step.py", "--out", "OUT"), ("--model", "tiny", "--batch", "2x32"), 40, "optax"),
     Part(
         "published",
         script("published_gpu", "--out", "OUT", "--policies", "bf16", "--repeats", "8"),
         ("--layers", "2", "--hidden", "64", "--vocabulary", "500", "--tokens", "64", "--adam", "torch"),
-        150,
+        110,
     ),
     Part("lowering", script("lowering", "--repeats", "10", "--output", "OUT/lowering-DEVICE.json"), (), 20),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -381,6 +382,14 @@ def grouped(lr: float) -> Any:
 
 
 # What a rank gives `fz.init` -> what others give instead, and what all are told of the two.
+def halving(step: Tensor, start: float) -> Tensor:
+    return start * 0.5**step
+
+
+def halving_from(start: float) -> Callable[[Tensor], Tensor]:
+    return lambda step: halving(step, start)
+
+
 GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]], tuple[str, str, str]]] = {
     "lr": (lambda: {}, lambda: {"optimizer": fz.sgd(0.2)}, ("optimizer lr", "0.1", "0.2")),
     "clip": (
@@ -402,6 +411,16 @@ GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]
         lambda: {"optimizer": fz.sgd(fz.schedules.constant(0.1))},
         lambda: {"optimizer": fz.sgd(fz.schedules.constant(0.2))},
         ("optimizer lr.value", "0.1", "0.2"),
+    ),
+    "part of a function": (
+        lambda: {"optimizer": fz.sgd(functools.partial(halving, start=0.1))},
+        lambda: {"optimizer": fz.sgd(functools.partial(halving, start=0.2))},
+        ("optimizer lr", "start=0.1", "start=0.2"),
+    ),
+    "function that closes over a number": (
+        lambda: {"optimizer": fz.sgd(halving_from(0.1))},
+        lambda: {"optimizer": fz.sgd(halving_from(0.2))},
+        ("optimizer lr", "start=0.1", "start=0.2"),
     ),
     "group": (
         lambda: {"optimizer": grouped(0.1)},

@@ -492,7 +492,13 @@ def test_pieces_are_unpickled_where_they_belong(
             assert not message or f"this is rank {rank} of {size}" in message
             assert not message or "fz.gather" in message
     for body in bodies:  # a process by itself can look at what a rank holds
-        assert set(tree.leaves(pickle.loads(body))[0].flatten().tolist()) <= set(SQUARE.flatten().tolist())
+        alone = pickle.loads(body)
+        assert set(tree.leaves(alone)[0].flatten().tolist()) <= set(SQUARE.flatten().tolist())
+        if is_whole:
+            assert torch.equal(fz.gather(alone)["w"], SQUARE)
+            continue
+        with pytest.raises(fz.MeshError, match=f"fz.gather: these are the pieces of one rank of {size}, loaded where"):
+            fz.gather(alone)
     if not is_whole and size == 4:
         assert all("this is rank" in message for message in world.run(unpickled, bodies, size=2)[0])
 

@@ -48,6 +48,27 @@ def test_the_tables_are_the_measured_ones(name, table_of):
     assert f"<!-- {name} -->\n{table_of(record)}\n<!-- /{name} -->" in text
 
 
+def test_the_rates_of_kernels_on_a_gpu_are_the_measured_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "kernels-cuda-rates.json").read_text())
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    table = text.partition("<!-- kernels-cuda-rates -->\n")[2].partition("\n<!-- /kernels-cuda-rates -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    found = {name.strip("`"): figures for name, *figures in rows}
+    assert found == {
+        name: [f"{row['gigabytes_a_second']:,.0f}", f"{row['over_copy']:.2f}", f"{row['before']['over_copy']:.2f}"]
+        for name, row in record["cases"].items()
+    }
+
+
+def test_the_profile_of_a_step_on_a_gpu_is_the_measured_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "step-profile-cuda.json").read_text())["milliseconds"]
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    ours, theirs = record["fzero, inductor"], record["DDP, recorded"]
+    assert f"{ours['kernel_milliseconds']:.1f} ms of kernels in {ours['kernels']} launches" in text
+    assert f"against {theirs['kernel_milliseconds']:.1f} ms in {theirs['kernels']}" in text
+    assert f"took {ours['ten_in_a_row']:.1f} ms each, PyTorch's {theirs['ten_in_a_row']:.1f}" in text
+
+
 def test_the_table_of_the_lowering_is_the_measured_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "lowering-cpu.json").read_text())
     text = (ROOT / "docs" / "benchmarks.md").read_text()

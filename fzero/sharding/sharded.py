@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fzero import tree
-from fzero._torch import torch_pytree
+from fzero._torch import FakeTensor, torch_pytree
 from fzero.calls.chosen import chosen, pruned
 from fzero.display.html import html_of
 from fzero.display.listing import of_sharded
@@ -25,6 +25,7 @@ from fzero.sharding.alike import check_leaves
 from fzero.sharding.layout import Layout
 from fzero.sharding.leaf import P, join, piece_of, scaled
 from fzero.sharding.placement import Placement, place
+from fzero.wrapped import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,9 +239,18 @@ def held(*arguments: Any) -> list[str]:
 
 def check_not_simulated(sharded: Sharded, call: str) -> None:
     """Raise where values are asked of a world that does not exist. Inside a trace there are none to ask."""
-    abstract = all(piece is None or piece.device.type == "meta" for piece in sharded.pieces)
-    if sharded.mesh.simulated and abstract:
+    if not sharded.mesh.simulated:
+        return
+    pieces = [piece for piece in sharded.pieces if piece is not None]
+    if all(piece.device.type == "meta" for piece in pieces):
         raise MeshError(f"{call}: the mesh is simulated, so there are no values. Use fz.trace, or make a real mesh.")
+    is_cut = any(spec.axes for spec in sharded.placement.specs)
+    if is_cut and not any(isinstance(unwrapped(piece), FakeTensor) for piece in pieces):
+        ranks = sharded.mesh.size(sharded.mesh.names)
+        raise MeshError(
+            f"{call}: these are the pieces of one rank of {ranks}, loaded where the others are not. Load them after "
+            f"fz.make_mesh() in {ranks} processes, each on its own rank; or pickle what fz.gather returns."
+        )
 
 
 def _place_of(placement: Placement) -> tuple[int, int, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,10 @@ def fields(value: Any, above: Sequence[Any] = (), name: str = "") -> Iterator[tu
 
 
 def text_of(value: Any) -> str:
-    """Return a field's value as text: a function, or a part of one, by its name and where it stands; a class by name.
+    """Return a field's value as text: a function by its name, where it stands and its numbers; a class by name.
+
+    The numbers are those that a function closes over, has as defaults, or is given by `functools.partial`. Other values
+    are left out: their text may hold what is a rank's own.
 
     Example:
         >>> text_of(0.5), text_of(Placement)
@@ -58,11 +62,29 @@ def text_of(value: Any) -> str:
         return value.__name__
     if isinstance(value, set | frozenset):  # whose order differs between processes
         return f"{{{', '.join(sorted(map(repr, value)))}}}"
-    function = value.func if isinstance(value, functools.partial) else value
-    code = getattr(function, "__code__", None)
+    if isinstance(value, functools.partial):
+        given = dict(enumerate(value.args)) | value.keywords
+        return f"partial of {text_of(value.func)}{_numbers(given)}"
+    code = getattr(value, "__code__", None)
     if code is None:
         return repr(value)
-    return f"{function.__name__} ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
+    cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+    closed: dict[Any, Any] = {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
+    closed |= dict(enumerate(value.__defaults__ or ())) | (value.__kwdefaults__ or {})
+    return f"{value.__name__} ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}){_numbers(closed)}"
+
+
+def _numbers(values: dict[Any, Any]) -> str:
+    found = [f"{name}={x!r}" for name, x in values.items() if isinstance(x, int | float)]
+    return f" with {', '.join(found)}" if found else ""
+
+
+def _is_set(cell: types.CellType) -> bool:
+    """Whether a name that a function closes over has a value by now."""
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def told(**values: Any) -> dict[str, str]:
